@@ -1,0 +1,1 @@
+"""The database's history: one idea a revision, file names begin with date and time (notes in NOTES.md)."""

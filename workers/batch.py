@@ -17,6 +17,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def read_batch(path: Path, sha256: str) -> list[TrainingRow]:
             advantage=float(advantages[index]),
             group=int(groups[index]),
         )
-        for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True))
+        for index, (start, end) in enumerate(pairwise(offsets))
     ]
 
 

@@ -1,8 +1,8 @@
 """What supervisor and trainer say to each other: frozen dataclasses, one JSON line each.
 
 Does not cover: how the descriptors are opened and what happens at end-of-file — see `workers.process` (supervisor side)
-and `workers.trainer.pipe` (trainer side). Bulk data never travels here: a batch is a file (`workers.batch`), the message
-carries its path and digest. A line is at most 64 KiB (design §6.4); stdout is never used because libraries print.
+and `workers.trainer.pipe` (trainer side). Bulk data never travels here: a batch is a file (`workers.batch`), and the
+message carries its path and digest. A line is at most 64 KiB (design §6.4); stdout is never used because libraries print.
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ class Failed:
 
 Message = Start | Step | Stop | Ready | Progress | StepDone | Failed
 
-_BY_TYPE: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Start, Step, Stop, Ready, Progress, StepDone, Failed)
-}
+_BY_TYPE: dict[str, type[Any]] = {cls.__name__: cls for cls in (Start, Step, Stop, Ready, Progress, StepDone, Failed)}
 _NESTED: dict[str, type[Any]] = {"adapter": Published, "lora": LoraSpec}
 
 

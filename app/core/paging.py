@@ -1,0 +1,36 @@
+"""Cursor lists as OpenAI has them: `after` + `limit` in, `data` + `has_more` out (contract §1.5).
+
+Does not cover: the SQL; each repository fetches `limit + 1` rows in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """One page; `has_more` must always be sent, or the SDK keeps asking until it gets an empty page."""
+
+    items: Sequence[T]
+    has_more: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[T], limit: int) -> Page[T]:
+        """From up to `limit + 1` rows."""
+        return cls(rows[:limit], len(rows) > limit)
+
+
+def envelope(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """The list object, with `first_id` and `last_id` as OpenAI sends them."""
+    return {
+        "object": "list",
+        "data": list(data),
+        "has_more": has_more,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }

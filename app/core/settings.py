@@ -1,0 +1,139 @@
+"""Every setting once, with the sentence an operator reads: `HONE_<NAME>` in the environment, or `HONE_<NAME>_FILE`.
+
+Does not cover: a job's own options (`app.jobs.schemas.HoneOptions`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "HONE_"
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """`HONE_X_FILE=/run/secrets/x` gives the content of that file to `x`, without its last newline."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        if path is None:
+            return None, field_name, False
+        try:
+            return Path(path).read_text().rstrip("\n"), field_name, False
+        except OSError as error:
+            raise ValueError(f"{PREFIX}{field_name.upper()}_FILE: cannot read {path}: {error.strerror}") from error
+
+    def __call__(self) -> dict[str, Any]:
+        found = ((name, self.get_field_value(info, name)[0]) for name, info in self.settings_cls.model_fields.items())
+        return {name: value for name, value in found if value is not None}
+
+
+class Settings(BaseSettings):
+    """Read once at start; only this class knows whether the embedded or the production set-up is in force."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+
+    data_dir: Path = Field(
+        Path("data"), description="Everything Hone writes: database, files, models, adapters, traces."
+    )
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite (WAL) in the data directory.")
+    redis_url: str | None = Field(None, description="Reserved for the Celery doorbell; the embedded runner polls.")
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
+    secret_key: SecretStr | None = Field(None, description="Key for secrets at rest; default: made in data_dir.")
+    egress_allow: str = Field("", description="Private targets user URLs may reach: host:port or CIDR[:port], …")
+    max_file_bytes: int = Field(512 * 1024**2, gt=0, description="Largest upload to /v1/files.")
+    organization_id: str = Field("org-hone", description="Shown as organization_id and inside model names.")
+
+    runner_slots: int = Field(1, ge=1, description="Jobs that the embedded runner runs at once.")
+    lease_seconds: float = Field(
+        60.0, ge=2, description="A job whose worker is silent this long is taken up by another."
+    )
+    max_crashes: int = Field(3, ge=1, description="Crashes without a finished step in between before a job is failed.")
+    trainer_silence_s: float = Field(900.0, gt=0, description="A trainer that reports nothing for this long is ended.")
+
+    sampler_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Compute type of the built-in engine."
+    )
+    sampler_max_adapters: int = Field(8, ge=3, description="Adapter versions a sampler holds at once.")
+    sampler_max_model_len: int = Field(4096, ge=128, description="Longest context served (capped by the model).")
+    sampler_start_s: float = Field(300.0, gt=0, description="A sampler that is not healthy after this long has failed.")
+    sampler_idle_s: float = Field(900.0, gt=0, description="A sampler nobody asked for this long is stopped.")
+    sampler_urls: str = Field("", description="Samplers that already run; the keeper then starts none.")
+    trainer_dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Compute type of the trainer.")
+    threads: int = Field(0, ge=0, description="CPU threads of sampler and trainer; 0 = all cores.")
+    max_concurrent_rollouts: int = Field(256, ge=1, description="Trajectories one job keeps in flight.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _FileSource(settings_cls)
+
+    @cached_property
+    def root(self) -> Path:
+        """The data directory, absolute: worker processes may have another working directory."""
+        return self.data_dir.expanduser().resolve()
+
+    @property
+    def database(self) -> str:
+        """The database URL in force (async driver)."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.root / 'hone.db'}"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.root / "files"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def jobs_dir(self) -> Path:
+        return self.root / "jobs"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """Published adapter versions; must be visible to trainer and sampler under this same path."""
+        return self.root / "adapters"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def traces_dir(self) -> Path:
+        return self.root / "traces"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def cpu_threads(self) -> int:
+        return self.threads or os.cpu_count() or 1
+
+    @cached_property
+    def hostname(self) -> str:
+        return socket.gethostname()
+
+    def environment(self) -> dict[str, str]:
+        """What a child process needs so that its own `Settings()` equals this one."""
+        values = self.model_dump(exclude_none=True, exclude={"secret_key"})
+        env = {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items()}
+        env[f"{PREFIX}DATA_DIR"] = str(self.root)
+        if self.secret_key is not None:
+            env[f"{PREFIX}SECRET_KEY"] = self.secret_key.get_secret_value()
+        return env
