@@ -41,8 +41,9 @@ class EgressDenied(Exception):
     def __init__(self, target: str, address: str, reason: str = "is not a public address") -> None:
         self.target = target  # host:port, never the whole URL: a path or query may hold a secret
         self.address = address
-        where = target if target.startswith(f"{address}:") or f"[{address}]" in target else f"{target} ({address})"
-        super().__init__(f"{where} {reason}; the operator can allow it with {SETTING}={target}")
+        literal = target.startswith((f"{address}:", f"[{address}]")) or target == address
+        where = target if literal else f"{target} ({address})"
+        super().__init__(f"{where} {reason}; the operator can allow it by adding {target} to {SETTING}")
 
 
 class EgressPolicyError(ValueError):
@@ -82,15 +83,17 @@ class EgressPolicy:
         return cls(tuple(_entry(part.strip()) for part in text.split(",") if part.strip()))
 
     def check(self, host: str, address: str, port: int) -> None:
-        """Raise EgressDenied unless `address` is public (in every unwrapped form) or allowed for this host and port."""
+        """Raise EgressDenied unless `address`, in every unwrapped form, is public or allowed for this port."""
         name = host.rstrip(".").lower()
-        parsed = ip_address(address.partition("%")[0])
-        forms = (parsed, *_inner(parsed))
-        if any(entry.admits(name, form, port) for entry in self.allow for form in forms):
+        outer = ip_address(address.partition("%")[0])
+        if self._admits(name, outer, port):
             return
-        if not all(_is_public(form) for form in forms):
+        if not all(_is_public(form) or self._admits(name, form, port) for form in (outer, *_inner(outer))):
             shown = f"[{host}]" if ":" in host else host
             raise EgressDenied(f"{shown}:{port}", address)
+
+    def _admits(self, host: str, address: Address, port: int) -> bool:
+        return any(entry.admits(host, address, port) for entry in self.allow)
 
 
 def _entry(text: str) -> AllowEntry:
