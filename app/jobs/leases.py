@@ -1,0 +1,270 @@
+"""The only writes a worker makes to a job: claim, renew, fenced updates, release, finish.
+
+Does not cover: the client's transitions (`app.jobs.service`) and taking back leases of the dead (`app.jobs.reconcile`).
+
+A worker owns a job by winning one conditional UPDATE that raises `attempt`; every later write carries
+`WHERE id AND attempt AND status='running'`, so a worker that lost its lease can write nothing (design §4.1–2).
+Leases are measured by the database's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine, and_, case, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.states import JobStatus, RolloutState
+from app.db.engine import now, rows_changed
+from app.db.tables import Job, Rollout, Snapshot
+from app.jobs import events, state
+
+
+class LeaseLost(Exception):
+    """Another attempt owns the job, or a client cancelled it: stop at once and write nothing."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """What every write of a worker carries."""
+
+    job_id: str
+    attempt: int
+    project_id: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A won claim: the job as it stood, the fence, and the snapshot to resume from (None = from the start)."""
+
+    job: Job
+    fence: Fence
+    snapshot: Snapshot | None
+
+
+async def queued(session: AsyncSession, limit: int = 20) -> Sequence[str]:
+    """Ids of jobs that wait for a worker, oldest first."""
+    query = select(Job.id).where(Job.status == JobStatus.QUEUED).order_by(Job.created_at).limit(limit)
+    return (await session.scalars(query)).all()
+
+
+async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: float, adapter_slots: int) -> Claim | None:
+    """Try to own `job_id`. None if it is not queued, someone was faster, or its sampler has no free adapter slots.
+
+    `adapter_slots`: what one sampler holds; a run reserves `max_staleness + 2`, chat keeps one (design §6.2).
+    The same transaction closes what the dead left open: rollouts without an end become `lost`, those finished above the
+    snapshot become `rolled_back`.
+    """
+    job = await session.scalar(
+        select(Job).where(Job.id == job_id, Job.status == JobStatus.QUEUED).with_for_update(skip_locked=True)
+    )
+    if job is None:
+        return None
+    wanted = int((job.plan or {}).get("max_staleness", 0)) + 2
+    held = await session.scalar(
+        select(func.coalesce(func.sum(Job.reserved_slots), 0)).where(
+            Job.status == JobStatus.RUNNING, Job.model == job.model
+        )
+    )
+    if (held or 0) + wanted > adapter_slots - 1:
+        job.queue_reason = (
+            f"waits for adapter slots: {wanted} needed, {adapter_slots - 1 - (held or 0)} of {adapter_slots - 1} free"
+        )
+        return None
+    state.check(JobStatus(job.status), JobStatus.RUNNING, state.Actor.WORKER)
+    attempt = job.attempt + 1
+    won = await rows_changed(
+        session,
+        update(Job)
+        .where(Job.id == job_id, Job.status == JobStatus.QUEUED, Job.attempt == job.attempt)
+        .values(
+            status=JobStatus.RUNNING,
+            attempt=attempt,
+            lease_owner=owner,
+            lease_until=now() + lease_s,
+            started_at=func.coalesce(Job.started_at, now()),
+            reserved_slots=wanted,
+            queue_reason=None,
+            activity="starting",
+            activity_at=now(),
+        ),
+    )
+    if won != 1:
+        return None
+    snapshot = await session.scalar(
+        select(Snapshot)
+        .where(Snapshot.job_id == job_id)
+        .order_by(Snapshot.step.desc(), Snapshot.attempt.desc())
+        .limit(1)
+    )
+    await _close_rollouts(session, job_id, snapshot.step if snapshot else 0)
+    await session.refresh(job)
+    fence = Fence(job_id, attempt, job.project_id)
+    message = "Fine-tuning job started" if attempt == 1 else f"Fine-tuning job resumed from step {job.step}"
+    await events.append(session, project_id=job.project_id, job_id=job_id, message=message, data={"attempt": attempt})
+    return Claim(job, fence, snapshot)
+
+
+async def _close_rollouts(session: AsyncSession, job_id: str, resume_step: int) -> None:
+    """`lost`: open when the worker died. `rolled_back`: finished for a step above `resume_step` (design §4.3)."""
+    open_ = Rollout.state == RolloutState.STARTED
+    undone = and_(
+        Rollout.step > resume_step,
+        Rollout.state.in_(
+            [
+                RolloutState.TRAINED,
+                RolloutState.EVALUATED,
+                RolloutState.NO_SIGNAL,
+                RolloutState.NOT_SELECTED,
+                RolloutState.GROUP_DROPPED,
+            ]
+        ),
+    )
+    await session.execute(
+        update(Rollout)
+        .where(Rollout.job_id == job_id, or_(open_, undone))
+        .values(
+            state=case(
+                (and_(open_, Rollout.finished_at.is_(None)), RolloutState.LOST.value),
+                else_=RolloutState.ROLLED_BACK.value,
+            ),
+            finished_at=func.coalesce(Rollout.finished_at, now()),
+        )
+        .execution_options(synchronize_session=False)
+    )
+
+
+def renew(engine: Engine, fence: Fence, lease_s: float) -> bool:
+    """Synchronous, for the heartbeat thread. False: the lease is lost."""
+    with engine.begin() as connection:
+        result = connection.execute(
+            update(Job.__table__)  # type: ignore[arg-type]  # a Table, declared as FromClause
+            .where(Job.id == fence.job_id, Job.attempt == fence.attempt, Job.status == JobStatus.RUNNING)
+            .values(lease_until=now() + lease_s)
+        )
+        return result.rowcount == 1
+
+
+async def fenced(session: AsyncSession, fence: Fence, **values: Any) -> None:
+    """Update the job's row if the lease is still ours. Raises `LeaseLost`.
+
+    Call it first in each worker transaction: it takes the row's lock, so that what follows is fenced too.
+    """
+    result = await rows_changed(
+        session,
+        update(Job)
+        .where(Job.id == fence.job_id, Job.attempt == fence.attempt, Job.status == JobStatus.RUNNING)
+        .values(**(values or {"attempt": fence.attempt})),
+    )
+    if result != 1:
+        raise LeaseLost(fence.job_id)
+
+
+async def release(session: AsyncSession, fence: Fence, *, reason: str, crashes: int | None = None) -> None:
+    """running → queued: another worker goes on from the last snapshot. `crashes` sets the crash count."""
+    state.check(JobStatus.RUNNING, JobStatus.QUEUED, state.Actor.WORKER)
+    values: dict[str, Any] = {} if crashes is None else {"crashes": crashes}
+    await fenced(
+        session,
+        fence,
+        status=JobStatus.QUEUED,
+        lease_owner=None,
+        lease_until=None,
+        reserved_slots=0,
+        activity=None,
+        activity_at=None,
+        **values,
+    )
+    level: events.Level = "info" if crashes is None else "warn"
+    await events.append(
+        session,
+        project_id=fence.project_id,
+        job_id=fence.job_id,
+        level=level,
+        message=f"{reason}; the job is queued again",
+    )
+
+
+async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **values: Any) -> None:
+    """running → succeeded | failed, with whatever else belongs on the row (error, fine_tuned_model, …)."""
+    state.check(JobStatus.RUNNING, status, state.Actor.WORKER)
+    await fenced(
+        session,
+        fence,
+        status=status,
+        finished_at=now(),
+        lease_owner=None,
+        lease_until=None,
+        reserved_slots=0,
+        activity=None,
+        activity_at=None,
+        **values,
+    )
+    await close_open_rollouts(session, fence.job_id)
+
+
+async def close_open_rollouts(session: AsyncSession, job_id: str) -> None:
+    """Rollouts still open when a job ends (failed, cancelled) become `cancelled`."""
+    await session.execute(
+        update(Rollout)
+        .where(Rollout.job_id == job_id, Rollout.state == RolloutState.STARTED)
+        .values(state=RolloutState.CANCELLED, finished_at=func.coalesce(Rollout.finished_at, now()))
+        .execution_options(synchronize_session=False)
+    )
+
+
+async def unvalidated(session: AsyncSession, limit: int = 20) -> Sequence[str]:
+    """Ids of jobs whose files nobody is reading right now."""
+    query = (
+        select(Job.id)
+        .where(Job.status == JobStatus.VALIDATING, or_(Job.lease_until.is_(None), Job.lease_until < now()))
+        .order_by(Job.created_at)
+        .limit(limit)
+    )
+    return (await session.scalars(query)).all()
+
+
+async def claim_validation(session: AsyncSession, job_id: str, owner: str, lease_s: float = 300.0) -> Job | None:
+    """Own the reading of the job's files; the result is the same whoever reads, so no attempt is counted."""
+    result = await rows_changed(
+        session,
+        update(Job)
+        .where(
+            Job.id == job_id,
+            Job.status == JobStatus.VALIDATING,
+            or_(Job.lease_until.is_(None), Job.lease_until < now()),
+        )
+        .values(lease_owner=owner, lease_until=now() + lease_s),
+    )
+    return await session.get(Job, job_id) if result == 1 else None
+
+
+async def finish_validation(
+    session: AsyncSession,
+    job_id: str,
+    owner: str,
+    *,
+    plan: dict[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
+) -> bool:
+    """validating_files → queued (with the plan) or failed (with the error). False: cancelled meanwhile, or not ours."""
+    target = JobStatus.QUEUED if error is None else JobStatus.FAILED
+    state.check(JobStatus.VALIDATING, target, state.Actor.VALIDATOR)
+    total = plan["total_steps"] if plan else None
+    result = await rows_changed(
+        session,
+        update(Job)
+        .where(Job.id == job_id, Job.status == JobStatus.VALIDATING, Job.lease_owner == owner)
+        .values(
+            status=target,
+            plan=plan,
+            total_steps=total,
+            error=error,
+            lease_owner=None,
+            lease_until=None,
+            finished_at=None if error is None else now(),
+        ),
+    )
+    return result == 1
