@@ -1,0 +1,1 @@
+"""Public checkpoints: names, atomic publication with digests, listing, resolution to an adapter directory."""

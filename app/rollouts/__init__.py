@@ -1,0 +1,1 @@
+"""Stored trajectories: the ledger of states, the traces, and reading both."""

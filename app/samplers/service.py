@@ -1,0 +1,186 @@
+"""Find a live sampler, make sure it has the adapter, and hold the adapter while it is used (design §6.1–2).
+
+Does not cover: a run's own versions (`workers.sampler.policy`), nor starting samplers (`workers.sampler.keeper`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.net.clients import operator_client
+from app.samplers import repository
+from app.samplers.client import SamplerClient, SamplerError, SamplerRejected
+
+log = logging.getLogger(__name__)
+
+PIN_S = 45.0  # a chat pin outlives its last request by at most this
+RENEW_BELOW_S = 20.0
+LOAD_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One published adapter directory under the name it is served by; neither is ever reused."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class LiveSampler:
+    id: str
+    url: str
+    base_model: str
+    max_loras: int
+    started_at: float
+    info: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Send requests for `model` to `client`; the adapter stays loaded until the context ends."""
+
+    client: SamplerClient
+    model: str
+    sampler: LiveSampler
+
+
+class NoSampler(Exception):
+    """No live sampler can serve this now; the keeper was asked. `reason` is for people."""
+
+    def __init__(self, reason: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class Samplers:
+    """One per process. Keeps short caches so that a chat request costs no database write."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._http = operator_client(timeout_s=600.0)
+        self._clients: dict[str, SamplerClient] = {}
+        self._live: dict[str, tuple[float, list[LiveSampler]]] = {}
+        self._wanted: dict[str, float] = {}
+        self._pins: dict[tuple[str, str, str], float] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    def client(self, sampler: LiveSampler) -> SamplerClient:
+        return self._clients.setdefault(sampler.url, SamplerClient(self._http, sampler.url))
+
+    async def want(self, base_model: str, seconds: float = 180.0) -> None:
+        """Ask the keeper for a sampler; written at most every 20 s per model."""
+        if time.monotonic() - self._wanted.get(base_model, -1e9) < 20.0:
+            return
+        async with self._database.begin() as session:
+            await repository.want(session, base_model, seconds)
+        self._wanted[base_model] = time.monotonic()
+
+    async def live(self, base_model: str, *, max_age_s: float = 1.0) -> list[LiveSampler]:
+        """Live samplers of `base_model`; the answer may be `max_age_s` old."""
+        at, found = self._live.get(base_model, (-1e9, []))
+        if found and time.monotonic() - at < max_age_s:
+            return found
+        async with self._database.read() as session:
+            rows = await repository.live(session, base_model)
+        found = [LiveSampler(r.id, r.url, r.base_model, r.max_loras, r.started_at, r.info) for r in rows]
+        self._live[base_model] = (time.monotonic(), found)
+        return found
+
+    async def start_error(self, base_model: str) -> str | None:
+        async with self._database.read() as session:
+            return await repository.want_error(session, base_model)
+
+    @asynccontextmanager
+    async def acquire(
+        self, base_model: str, adapter: Adapter | None, holder: str, *, wait_s: float = 0.0
+    ) -> AsyncIterator[Lease]:
+        """A sampler that serves `adapter` (None: the base model). Raises `NoSampler` after `wait_s`.
+
+        The adapter is loaded on demand; the least recently used one without a live pin makes room.
+        """
+        await self.want(base_model)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                lease = await self._try(base_model, adapter, holder)
+                break
+            except NoSampler:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(0.25)
+        yield lease
+
+    async def _try(self, base_model: str, adapter: Adapter | None, holder: str) -> Lease:
+        samplers = await self.live(base_model)
+        if not samplers:
+            error = await self.start_error(base_model)
+            raise NoSampler(
+                f"no sampler for {base_model} is running" + (f": {error}" if error else "; one is starting")
+            )
+        sampler = samplers[0]
+        client = self.client(sampler)
+        if adapter is None:
+            return Lease(client, base_model, sampler)
+        key = (sampler.id, adapter.name, holder)
+        if self._pins.get(key, 0.0) - time.monotonic() < RENEW_BELOW_S:
+            async with self._locks.setdefault(sampler.id, asyncio.Lock()):
+                if self._pins.get(key, 0.0) - time.monotonic() < RENEW_BELOW_S:
+                    await self._load_and_pin(sampler, adapter, holder)
+                    self._pins[key] = time.monotonic() + PIN_S
+        return Lease(client, adapter.name, sampler)
+
+    async def _load_and_pin(self, sampler: LiveSampler, adapter: Adapter, holder: str) -> None:
+        async with self._database.begin() as session:
+            row = await repository.loaded(session, sampler.id, adapter.name)
+            if row is not None:
+                await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
+                return
+            room = (
+                sampler.max_loras
+                - await repository.adapter_count(session, sampler.id)
+                - await repository.reserved_but_unused(session, sampler.id, sampler.base_model)
+            )
+            victims = [] if room > 0 else list(await repository.evictable(session, sampler.id))[: 1 - room]
+            if room + len(victims) <= 0:
+                raise NoSampler(f"every adapter slot of the sampler for {sampler.base_model} is in use", 10.0)
+            for victim in victims:
+                await repository.drop_adapter(session, sampler.id, victim.name)
+        client = self.client(sampler)
+        for victim in victims:
+            await client.unload_adapter(victim.name)
+        await load(client, adapter)
+        async with self._database.begin() as session:
+            await repository.add_adapter(session, sampler.id, adapter.name, adapter.path)
+            await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
+
+    def forget(self, sampler: LiveSampler) -> None:
+        """After a failure: ask the database again before the next request, and pin anew."""
+        self._live.pop(sampler.base_model, None)
+        for key in [key for key in self._pins if key[0] == sampler.id]:
+            del self._pins[key]
+
+
+async def load(client: SamplerClient, adapter: Adapter) -> None:
+    """Load `adapter`; already there under the same name *and* path is success, since neither is ever reused."""
+    try:
+        await client.load_adapter(adapter.name, adapter.path)
+    except SamplerRejected:
+        served = {model.id: model.root for model in await client.models()}
+        if served.get(adapter.name) != adapter.path:
+            raise
+
+
+__all__ = ["Adapter", "Lease", "LiveSampler", "NoSampler", "SamplerError", "Samplers", "load"]
