@@ -13,6 +13,7 @@ MASK = "***"
 MAX_URL_CHARS = 2048
 MAX_HEADERS = 32
 MAX_HEADER_VALUE_CHARS = 8192
+QUOTED_CHARS = 300
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
@@ -86,3 +87,9 @@ def hide_secrets(text: str, url: str, headers: Mapping[str, str]) -> str:
     for secret in sorted((piece for piece in found if len(piece) >= 4), key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
+
+
+def quote(body: bytes, url: str, headers: Mapping[str, str]) -> str:
+    """The beginning of an answer for a message, on one line; secrets are masked before it is cut, not after."""
+    text = " ".join(hide_secrets(body.decode("utf-8", "replace"), url, headers).split())
+    return (text[:QUOTED_CHARS] + "…" if len(text) > QUOTED_CHARS else text) or "(empty)"

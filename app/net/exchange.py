@@ -18,10 +18,9 @@ from typing import Protocol
 import httpx
 
 from app.net.clients import CONNECT_TIMEOUT_S, EgressDenied, HttpClient
-from app.net.endpoint import hide_secrets, show_url
+from app.net.endpoint import hide_secrets, quote, show_url
 
 MAX_BODY_BYTES = 1024 * 1024  # both ways (contract §7.4, §7.5: 1 MB)
-QUOTED_CHARS = 300  # of a failing answer, in a message
 LONGEST_ASKED_PAUSE_S = 60.0  # a Retry-After beyond this is a refusal when no deadline says otherwise
 # Statuses that speak of the moment, not of the request: a model must not be punished for them.
 TRANSIENT_4XX = frozenset({408, 425, 429})
@@ -159,8 +158,8 @@ async def _attempt(
         raise _Fault(f"answered with the redirect {status}, which is not followed; give the final URL", again=False)
     if status >= 500 or status in TRANSIENT_4XX:
         pause = _retry_after(response.headers.get("retry-after"))
-        page = hide_secrets((content or b"").decode("utf-8", "replace"), url, headers)  # before it is cut
-        raise _Fault(f"answered {status}{_quote(page)}", again=True, retry_after_s=pause)
+        said = f": {quote(content, url, headers)}" if content else ""
+        raise _Fault(f"answered {status}{said}", again=True, retry_after_s=pause)
     return status, content
 
 
@@ -191,11 +190,6 @@ async def _capped(response: httpx.Response) -> bytes | None:
         if len(chunks) > MAX_BODY_BYTES:
             return None
     return bytes(chunks)
-
-
-def _quote(page: str) -> str:
-    text = " ".join(page.split())
-    return f": {text[:QUOTED_CHARS]}" if text else ""
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.net.clients import CONNECT_TIMEOUT_S, HttpClient, InvalidURL, TimeoutException, TransportError
-from app.net.endpoint import hide_secrets, show_url
+from app.net.endpoint import hide_secrets, quote, show_url
 from app.net.exchange import MAX_BODY_BYTES, Answer, Retry, Unanswered, post_json
 from app.net.guard import EgressDenied
 
@@ -129,11 +129,12 @@ async def call_tool(
         return _too_large(call.name, "response", answer.attempts, answer.seconds)
     if answer.status >= 400:
         return ToolOutcome(_refusal(answer), answer.status, answer.attempts, answer.seconds, is_error=True)
-    try:
-        output = _output(answer.body)
-    except _Malformed as error:
-        reason = hide_secrets(str(error), endpoint.server_url, endpoint.headers)
-        raise ToolFailed(endpoint.name, show_url(endpoint.server_url), answer.attempts, reason) from None
+    output = _output(answer.body)
+    if output is None:
+        # The contract is silent here. What the model would read is not what the tool said, so it is a fault.
+        said = quote(answer.body, endpoint.server_url, endpoint.headers)
+        reason = f"answered {answer.status} without a JSON object that holds 'output': {said}"
+        raise ToolFailed(endpoint.name, show_url(endpoint.server_url), answer.attempts, reason)
     return ToolOutcome(output, answer.status, answer.attempts, answer.seconds, is_error=False)
 
 
@@ -166,23 +167,12 @@ async def dial(http: HttpClient, url: str, *, timeout_s: float = CONNECT_TIMEOUT
     raise EndpointUnreachable(show_url(url), hide_secrets(reason, url, {}))
 
 
-class _Malformed(Exception):
-    """A 200 that does not keep to the contract."""
-
-
-def _output(body: bytes) -> str:
-    """`output`, or `result.output`, as text; JSON text when it is not a string (contract §7.4)."""
+def _output(body: bytes) -> str | None:
+    """`output`, or `result.output`, as text; JSON text when it is not a string (contract §7.4); None without one."""
     try:
         payload = json.loads(body)
     except (ValueError, RecursionError):
-        raise _Malformed(f"answered 200 with something that is not JSON: {_excerpt(body)}") from None
-    found = _find_output(payload)
-    if found is None:
-        raise _Malformed(f"answered 200 without 'output': {_excerpt(body)}")
-    return found
-
-
-def _find_output(payload: Any) -> str | None:
+        return None
     for holder in (payload, payload.get("result") if isinstance(payload, dict) else None):
         if isinstance(holder, dict) and "output" in holder:
             value = holder["output"]
@@ -192,19 +182,10 @@ def _find_output(payload: Any) -> str | None:
 
 def _refusal(answer: Answer) -> str:
     """What the model reads of a 4xx: its `output`, else the whole payload, else the bare status."""
-    text = (answer.body or b"").decode("utf-8", "replace").strip()
-    try:
-        found = _find_output(json.loads(text))
-    except (ValueError, RecursionError):
-        found = None
-    return found or text or f"Error {answer.status}"
+    body = answer.body or b""
+    return _output(body) or body.decode("utf-8", "replace").strip() or f"Error {answer.status}"
 
 
 def _too_large(tool: str, which: str, attempts: int, seconds: float) -> ToolOutcome:
     text = f"Error 413: the {which} of {tool} is larger than {_LIMIT}"
     return ToolOutcome(text, 413, attempts, seconds, is_error=True)
-
-
-def _excerpt(body: bytes) -> str:
-    text = " ".join(body[:400].decode("utf-8", "replace").split())
-    return repr(text[:200])

@@ -1,0 +1,26 @@
+"""The table of grader kinds, and the way from a spec to a grader.
+
+Does not cover: what a kind does. This is the only place that knows them all: a new kind is a module and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from app.graders.base import Grader, GraderSpec, Workshop
+from app.graders.endpoint import EndpointSpec
+from app.graders.multi import MultiSpec
+from app.graders.string_check import StringCheckSpec
+from app.net.clients import HttpClient
+from app.net.exchange import Retry
+
+KINDS: Mapping[str, type[GraderSpec]] = {
+    "endpoint": EndpointSpec,
+    "multi": MultiSpec,
+    "string_check": StringCheckSpec,
+}
+
+
+def build_grader(spec: GraderSpec, http: HttpClient, *, timeout_s: float, retry: Retry | None = None) -> Grader:
+    """The grader of a job. `http` is the guarded client; timeout_s bounds one attempt at an endpoint."""
+    return spec.build(Workshop(http=http, timeout_s=timeout_s, retry=retry or Retry()))
