@@ -1,0 +1,132 @@
+"""API keys: made once, shown once, stored as HMAC-SHA256 with a secret that never enters the database.
+
+Does not cover: scopes (a key acts for its whole project), nor the secret headers of tools (`app.security.vault`).
+A slow hash is for passwords; against 256 random bits it only costs every request its time (control plane §4.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.errors import NotFound
+from app.core.ids import new_id
+from app.core.settings import Settings
+from app.db.engine import now
+from app.db.tables import DEFAULT_PROJECT, ApiKey
+
+PREFIX = "sk-hone-"
+SECRET_FILE = "api_keys.secret"
+_CHECK_CHARS = 6
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the project that everything is scoped to, and the key for the log."""
+
+    project_id: str
+    key_id: str
+
+
+def new_key() -> str:
+    """`sk-hone-`, 32 random bytes, and a checksum so that a mistyped key is refused without a look-up."""
+    body = secrets.token_urlsafe(32)
+    return f"{PREFIX}{body}{_checksum(body)}"
+
+
+def well_formed(key: str) -> bool:
+    body, check = key.removeprefix(PREFIX)[:-_CHECK_CHARS], key[-_CHECK_CHARS:]
+    return key.startswith(PREFIX) and key.isascii() and hmac.compare_digest(_checksum(body), check)
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"[-_CHECK_CHARS:]
+
+
+def load_pepper(settings: Settings) -> bytes:
+    """The server secret of the HMAC: derived from `HONE_SECRET_KEY`, else a file made once with mode 0600."""
+    if settings.secret_key is not None:
+        return hmac.digest(settings.secret_key.get_secret_value().encode(), b"hone api keys", "sha256")
+    path = settings.root / SECRET_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _create_once(path, secrets.token_bytes(32))
+    return path.read_bytes()
+
+
+def _create_once(path: Path, content: bytes) -> None:
+    """Complete or absent, and the first of two writers wins: a link never replaces what is there."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return
+    finally:
+        draft.unlink()
+
+
+class KeyRing:
+    """Creates, finds and revokes keys; knows the pepper, so it lives in `app.state`, never in a request."""
+
+    def __init__(self, pepper: bytes) -> None:
+        self._pepper = pepper
+
+    def digest(self, key: str) -> str:
+        return hmac.new(self._pepper, key.encode(), hashlib.sha256).hexdigest()
+
+    async def create(self, session: AsyncSession, name: str, project_id: str = DEFAULT_PROJECT) -> str:
+        """Returns the key itself, for the only time."""
+        key = new_key()
+        session.add(
+            ApiKey(
+                id=new_id("key_"),
+                project_id=project_id,
+                name=name,
+                digest=self.digest(key),
+                hint=f"{PREFIX}…{key[-4:]}",
+                created_at=await session.scalar(select(now())),
+            )
+        )
+        await session.flush()
+        return key
+
+    async def find(self, session: AsyncSession, key: str) -> Caller | None:
+        """The caller a key stands for; None for an unknown, malformed or revoked one."""
+        if not well_formed(key):
+            return None
+        row = (
+            await session.execute(
+                select(ApiKey.project_id, ApiKey.id).where(
+                    ApiKey.digest == self.digest(key), ApiKey.revoked_at.is_(None)
+                )
+            )
+        ).one_or_none()
+        return None if row is None else Caller(project_id=row[0], key_id=row[1])
+
+    async def list(self, session: AsyncSession) -> Sequence[ApiKey]:
+        """All keys, oldest first, revoked ones too."""
+        return (await session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id))).all()
+
+    async def revoke(self, session: AsyncSession, key_id: str) -> None:
+        """From the next request on the key is refused. Raises NotFound; revoking twice is fine."""
+        found = await session.scalar(select(ApiKey.id).where(ApiKey.id == key_id))
+        if found is None:
+            raise NotFound(f"No such API key: {key_id}. `hone keys list` shows the ids.", param="id")
+        await session.execute(
+            update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=now())
+        )

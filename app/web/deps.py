@@ -1,0 +1,120 @@
+"""What an endpoint may ask for: the services, the caller behind the key, a page of a list.
+
+Does not cover: transactions. A route opens its own, `async with database.begin() as session`, and services only flush.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.core.errors import Unauthenticated
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.files.storage import Storage
+from app.models.catalogue import Catalogue
+from app.security.api_keys import PREFIX, Caller, KeyRing
+
+MAX_PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that lives as long as the process; `app.state.services`."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+    catalogue: Catalogue
+    keys: KeyRing
+    vault: Any
+    samplers: Any
+
+
+@dataclass(frozen=True)
+class PageQuery:
+    """`after` is the id of the last item already seen; the repository fetches `limit + 1` rows."""
+
+    after: str | None
+    limit: int
+
+
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="ApiKey", description="A key made with `hone keys create NAME`, as a bearer token."
+)
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+def _settings(request: Request) -> Settings:
+    return services(request).settings
+
+
+def _database(request: Request) -> Database:
+    return services(request).database
+
+
+def _storage(request: Request) -> Storage:
+    return services(request).storage
+
+
+def _catalogue(request: Request) -> Catalogue:
+    return services(request).catalogue
+
+
+def _vault(request: Request) -> Any:
+    return services(request).vault
+
+
+def _samplers(request: Request) -> Any:
+    return services(request).samplers
+
+
+async def caller(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Caller:
+    """Who sent this request; raises Unauthenticated. The key appears in no message and no log line."""
+    if credentials is None or not credentials.credentials:
+        raise Unauthenticated(
+            "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'; "
+            "`hone keys create NAME` on the server makes one."
+        )
+    here = services(request)
+    async with here.database.read() as session:
+        found = await here.keys.find(session, credentials.credentials)
+    if found is None:
+        raise Unauthenticated(
+            f"Incorrect API key provided. A key of this server begins with '{PREFIX}'; "
+            "`hone keys create NAME` on the server makes one."
+        )
+    request.state.key_id = found.key_id
+    return found
+
+
+def page(default: int = 20, maximum: int = MAX_PAGE) -> Any:
+    """The dependency that reads `after` and `limit`: `Annotated[PageQuery, page(10)]`."""
+
+    def read(
+        after: Annotated[str | None, Query(description="Id of the last item of the previous page.")] = None,
+        limit: Annotated[int, Query(ge=1, le=maximum, description="Most items to return.")] = default,
+    ) -> PageQuery:
+        return PageQuery(after, limit)
+
+    return Depends(read)
+
+
+CallerDep = Annotated[Caller, Depends(caller)]
+ServicesDep = Annotated[Services, Depends(services)]
+SettingsDep = Annotated[Settings, Depends(_settings)]
+DatabaseDep = Annotated[Database, Depends(_database)]
+StorageDep = Annotated[Storage, Depends(_storage)]
+CatalogueDep = Annotated[Catalogue, Depends(_catalogue)]
+VaultDep = Annotated[Any, Depends(_vault)]
+SamplersDep = Annotated[Any, Depends(_samplers)]
+PageDep = Annotated[PageQuery, page()]

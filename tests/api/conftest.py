@@ -1,0 +1,95 @@
+"""A live server for the API tests: real migrations, real HTTP, the official client, a real key.
+
+Does not cover: workers. Nothing runs a job here; tests that need its rows write them through `database`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from openai import AsyncOpenAI, OpenAI
+
+from app.core.settings import Settings
+from app.db import migrate
+from app.db.engine import Database
+from app.web.main import create_app
+from tests.api.live_server import LiveServer, create_key
+
+START_S = 20.0
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings of an installation of its own; a variable of the developer's shell does not reach it."""
+    for name in [name for name in os.environ if name.startswith("HONE_")]:
+        monkeypatch.delenv(name)
+    return Settings(data_dir=tmp_path / "data", max_file_bytes=4 * 1024**2)
+
+
+@pytest.fixture
+def live_server(settings: Settings) -> Iterator[LiveServer]:
+    """The application under uvicorn in a thread, on a free port of the loopback, database migrated, one key made."""
+    settings.root.mkdir(parents=True)
+    migrate.upgrade(settings.database)
+    api_key = asyncio.run(create_key(settings))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="live-server")
+        thread.start()
+        deadline = time.monotonic() + START_S
+        while not server.started and thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            assert server.started, "the server did not start"
+            yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", settings, api_key)
+        finally:
+            server.should_exit = True
+            thread.join(START_S)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture
+async def other_key(live_server: LiveServer) -> str:
+    """A key of another project, which must see nothing of ours."""
+    return await create_key(live_server.settings, "proj_other")
+
+
+@pytest.fixture
+def client(live_server: LiveServer) -> Iterator[OpenAI]:
+    """The official client without its retries, so that a test sees the first answer."""
+    with OpenAI(base_url=live_server.base_url, api_key=live_server.api_key, max_retries=0, timeout=30) as made:
+        yield made
+
+
+@pytest.fixture
+async def async_client(live_server: LiveServer) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(
+        base_url=live_server.base_url, api_key=live_server.api_key, max_retries=0, timeout=30
+    ) as made:
+        yield made
+
+
+@pytest.fixture
+def http(live_server: LiveServer) -> Iterator[httpx.Client]:
+    """Raw HTTP with the key set, for what the official client cannot send."""
+    headers = {"authorization": f"Bearer {live_server.api_key}"}
+    with httpx.Client(base_url=live_server.url, headers=headers, timeout=30) as made:
+        yield made
+
+
+@pytest.fixture
+async def database(live_server: LiveServer) -> AsyncIterator[Database]:
+    """A second connection to the server's database, to put rows there that a worker would write."""
+    made = Database(live_server.settings.database)
+    yield made
+    await made.close()
