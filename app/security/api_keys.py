@@ -52,15 +52,19 @@ def _checksum(body: str) -> str:
     return f"{zlib.crc32(body.encode()):08x}"[-_CHECK_CHARS:]
 
 
-def load_pepper(settings: Settings) -> bytes:
-    """The server secret of the HMAC: derived from `HONE_SECRET_KEY`, else a file made once with mode 0600."""
+def load_peppers(settings: Settings) -> list[bytes]:
+    """The server secrets of the HMAC: one derived from each part of `HONE_SECRET_KEY`, else a file made once (0600).
+
+    The first digests new keys; keys digested with a later one still work, so that the setting can be rotated.
+    """
     if settings.secret_key is not None:
-        return hmac.digest(settings.secret_key.get_secret_value().encode(), b"hone api keys", "sha256")
+        parts = [part.strip() for part in settings.secret_key.get_secret_value().split(",")]
+        return [hmac.digest(part.encode(), b"hone api keys", "sha256") for part in parts if part]
     path = settings.root / SECRET_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _create_once(path, secrets.token_bytes(32))
-    return path.read_bytes()
+    return [path.read_bytes()]
 
 
 def _create_once(path: Path, content: bytes) -> None:
@@ -81,13 +85,14 @@ def _create_once(path: Path, content: bytes) -> None:
 
 
 class KeyRing:
-    """Creates, finds and revokes keys; knows the pepper, so it lives in `app.state`, never in a request."""
+    """Creates, finds and revokes keys; knows the peppers, so it lives as long as the process."""
 
-    def __init__(self, pepper: bytes) -> None:
-        self._pepper = pepper
+    def __init__(self, peppers: Sequence[bytes]) -> None:
+        self._peppers = tuple(peppers)
 
-    def digest(self, key: str) -> str:
-        return hmac.new(self._pepper, key.encode(), hashlib.sha256).hexdigest()
+    def digests(self, key: str) -> list[str]:
+        """What a key may be stored as; the first is what a new key is stored as."""
+        return [hmac.new(pepper, key.encode(), hashlib.sha256).hexdigest() for pepper in self._peppers]
 
     async def create(self, session: AsyncSession, name: str, project_id: str = DEFAULT_PROJECT) -> str:
         """Returns the key itself, for the only time."""
@@ -97,7 +102,7 @@ class KeyRing:
                 id=new_id("key_"),
                 project_id=project_id,
                 name=name,
-                digest=self.digest(key),
+                digest=self.digests(key)[0],
                 hint=f"{PREFIX}…{key[-4:]}",
                 created_at=await session.scalar(select(now())),
             )
@@ -112,7 +117,7 @@ class KeyRing:
         row = (
             await session.execute(
                 select(ApiKey.project_id, ApiKey.id).where(
-                    ApiKey.digest == self.digest(key), ApiKey.revoked_at.is_(None)
+                    ApiKey.digest.in_(self.digests(key)), ApiKey.revoked_at.is_(None)
                 )
             )
         ).one_or_none()

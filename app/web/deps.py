@@ -17,6 +17,7 @@ from app.db.engine import Database
 from app.files.storage import Storage
 from app.models.catalogue import Catalogue
 from app.security.api_keys import PREFIX, Caller, KeyRing
+from app.security.vault import Vault
 
 MAX_PAGE = 1000
 
@@ -30,7 +31,7 @@ class Services:
     storage: Storage
     catalogue: Catalogue
     keys: KeyRing
-    vault: Any
+    vault: Vault
     samplers: Any
 
 
@@ -68,7 +69,7 @@ def _catalogue(request: Request) -> Catalogue:
     return services(request).catalogue
 
 
-def _vault(request: Request) -> Any:
+def _vault(request: Request) -> Vault:
     return services(request).vault
 
 
@@ -115,6 +116,6 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StorageDep = Annotated[Storage, Depends(_storage)]
 CatalogueDep = Annotated[Catalogue, Depends(_catalogue)]
-VaultDep = Annotated[Any, Depends(_vault)]
+VaultDep = Annotated[Vault, Depends(_vault)]
 SamplersDep = Annotated[Any, Depends(_samplers)]
 PageDep = Annotated[PageQuery, page()]

@@ -16,7 +16,8 @@ from app.core.settings import Settings
 from app.db.engine import Database
 from app.files.storage import Storage
 from app.models.catalogue import Catalogue
-from app.security.api_keys import KeyRing, load_pepper
+from app.security.api_keys import KeyRing, load_peppers
+from app.security.vault import load_vault
 from app.web import errors, health
 from app.web.deps import Services, caller
 from app.web.middleware import BodyLimit, RequestContext
@@ -32,15 +33,15 @@ def _optional(module: str, name: str) -> Any:
 def build_services(settings: Settings) -> Services:
     """Everything the routes need; touches the disk only for the key secret."""
     database = Database(settings.database)
-    vault = _optional("app.security.vault", "Vault")
+    secret = settings.secret_key
     samplers = _optional("app.samplers.service", "Samplers")
     return Services(
         settings=settings,
         database=database,
         storage=Storage(settings.files_dir),
         catalogue=Catalogue(settings.models_dir),
-        keys=KeyRing(load_pepper(settings)),
-        vault=vault(settings) if vault else None,
+        keys=KeyRing(load_peppers(settings)),
+        vault=load_vault(secret.get_secret_value() if secret else None, settings.root),
         samplers=samplers(database, settings) if samplers else None,
     )
 
@@ -52,6 +53,8 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        if services.samplers is not None:
+            await services.samplers.close()
         await services.database.close()
 
     made = FastAPI(title="Hone", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from app.core.settings import Settings
 from app.db.engine import Database
-from app.security.api_keys import KeyRing, load_pepper
+from app.security.api_keys import KeyRing, load_peppers
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,6 @@ async def create_key(settings: Settings, project_id: str = "proj_default") -> st
     """One more API key, for tests with two projects."""
     database = Database(settings.database)
     async with database.begin() as session:
-        key = await KeyRing(load_pepper(settings)).create(session, "test", project_id)
+        key = await KeyRing(load_peppers(settings)).create(session, "test", project_id)
     await database.close()
     return key
