@@ -1,0 +1,1 @@
+"""The shop agent: a small model learns to look a price up instead of inventing it."""
