@@ -1,4 +1,4 @@
-"""Model names as clients see them: `ft:<base>:<org>:<suffix>:<id>`, and `…:ckpt-step-N` for a checkpoint (contract §9.1).
+"""Model names as clients see them: `ft:<base>:<org>:<suffix>:<id>`, and `…:ckpt-step-N` for a checkpoint (§9.1).
 
 Does not cover: adapter names inside a sampler, which carry attempt and version (`workers.sampler.policy`).
 """

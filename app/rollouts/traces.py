@@ -27,7 +27,7 @@ def pack(values: list[int] | list[float], field: str) -> str:
 
 
 def unpack(text: str, field: str) -> list[Any]:
-    return np.frombuffer(base64.b64decode(text), dtype=_DTYPES[field]).tolist()
+    return list(np.frombuffer(base64.b64decode(text), dtype=_DTYPES[field]).tolist())
 
 
 def append_trace(path: Path, trace: dict[str, Any]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """All SQL on samplers, wants, loaded adapters and pins.
 
-Does not cover: deciding what to load or evict (`app.samplers.service`), nor starting samplers (`workers.sampler.keeper`).
+Does not cover: what to load or evict (`app.samplers.service`), nor starting samplers (`workers.sampler.keeper`).
 """
 
 from __future__ import annotations

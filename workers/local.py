@@ -1,0 +1,109 @@
+"""The embedded runner: polls for jobs, reads their files, starts one supervisor process per job.
+
+Does not cover: running a job (`workers.supervisor`). The production set-up replaces this door by a Celery task; both lead
+to the same room, because the supervisor itself wins or loses the claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+import time
+
+from app.jobs.validation_service import validate_job
+
+from app.core import logging as hone_logging
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.jobs import leases, reconcile
+from app.models.catalogue import Catalogue
+from workers import leash
+from workers.presence import Presence
+from workers.process import Child, spawn
+
+log = logging.getLogger("hone.runner")
+
+POLL_S = 0.5
+BEAT_S = 5.0
+GRACE_S = 15.0  # for a supervisor to stop its trainer and put its job back
+
+
+class Runner:
+    """One per host. `slots` supervisors at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.database = Database(settings.database)
+        self.catalogue = Catalogue(settings.models_dir)
+        self.presence = Presence(self.database, "runner", settings.hostname)
+        self.children: dict[str, Child] = {}
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        await self.presence.announce()
+        beaten = time.monotonic()
+        try:
+            while not self.stopping.is_set():
+                await self.tick()
+                if time.monotonic() - beaten > BEAT_S:
+                    await self.presence.beat()
+                    beaten = time.monotonic()
+                try:
+                    await asyncio.wait_for(self.stopping.wait(), POLL_S)
+                except TimeoutError:
+                    continue
+        finally:
+            await self.shut_down()
+
+    async def tick(self) -> None:
+        """One pass: reap, take back what the dead held, read files, start supervisors."""
+        for job_id, child in list(self.children.items()):
+            if child.poll() is not None:
+                child.kill()  # its group: a trainer must not outlive its supervisor
+                del self.children[job_id]
+        async with self.database.read() as session:
+            unread = await leases.unvalidated(session)
+            waiting = await leases.queued(session)
+        async with self.database.begin() as session:
+            await reconcile.take_back_expired(session, self.settings.max_crashes)
+        for job_id in unread:
+            await validate_job(self.database, self.settings, self.catalogue, job_id, self.presence.id)
+        for job_id in waiting:
+            if len(self.children) < self.settings.runner_slots and job_id not in self.children:
+                self.children[job_id] = self.start(job_id)
+
+    def start(self, job_id: str) -> Child:
+        log.info("starting the supervisor of %s", job_id)
+        return spawn(
+            [sys.executable, "-m", "workers.supervisor", job_id],
+            log=self.settings.logs_dir / f"{job_id}.supervisor.log",
+            environment=self.settings.environment(),
+        )
+
+    async def shut_down(self) -> None:
+        for child in self.children.values():
+            child.terminate()
+        await asyncio.gather(*(asyncio.to_thread(child.stop, GRACE_S) for child in self.children.values()))
+        await self.presence.leave()
+        await self.database.close()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(prog="workers.local")
+    parser.add_argument("--leash-fd", type=int, default=None)
+    options = parser.parse_args()
+    runner = Runner(Settings())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, runner.stopping.set)
+    if options.leash_fd is not None:
+        leash.watch(options.leash_fd, lambda: loop.call_soon_threadsafe(runner.stopping.set))
+    await runner.run()
+
+
+if __name__ == "__main__":
+    hone_logging.configure()
+    asyncio.run(main())
