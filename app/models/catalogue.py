@@ -1,8 +1,8 @@
 """The base models of this installation: one directory each, described by its `hone.json`.
 
-Does not cover: how a model gets here (`pull`, `register`), its tokens (`app.rendering`) or who serves it (`app.samplers`).
-Layout: `<models_dir>/<id>/` holds `config.json`, `*.safetensors`, `tokenizer.json` and `hone.json`. A directory without a
-`hone.json` is not a model: a pull that was killed leaves none.
+Does not cover: how a model gets here (`pull`, `register`), its tokens (`app.rendering`) or who serves it
+(`app.samplers`). Layout: `<models_dir>/<id>/` holds `config.json`, `*.safetensors`, `tokenizer.json` and `hone.json`.
+A directory without a `hone.json` is not a model: a pull that was killed leaves none.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class BrokenModel(ModelError):
 class BaseModel:
     """What the rest of the service knows about a base model.
 
-    `renderer` is "hermes", "auto" or a name of the `renderers` package. `context` is in tokens. `base_learning_rate` is what
-    `learning_rate_multiplier: 1` means. `lora_targets` are module-name suffixes as PEFT takes them. `created` is Unix time.
+    `renderer` is "hermes", "auto" or a name of the `renderers` package. `context` is in tokens. `base_learning_rate`
+    is what `learning_rate_multiplier: 1` means. `lora_targets` are module-name suffixes as PEFT takes them. `created`
+    is Unix time.
     """
 
     id: str
@@ -83,7 +84,7 @@ class Catalogue:
         return read_card(self.models_dir / model_id)
 
     def check(self, model_id: str) -> Mapping[str, Any]:
-        """The result of the append-only check made at registration (`app.rendering.check`); empty when none was made."""
+        """The result of the append-only check made at registration (`app.rendering.check`)."""
         card = _load(self.get(model_id).path)
         result = card.get("check")
         return result if isinstance(result, dict) else {}

@@ -1,7 +1,7 @@
 """Turn a GGUF file into the safetensors layout, once: `python -m app.models.convert FILE OUT_DIR`.
 
-Does not cover: which file and where from (`pull`). Always its own process, so that torch never enters the service; that is why
-this module alone in `app` imports torch, inside a function.
+Does not cover: which file and where from (`pull`). Always its own process, so that torch never enters the service;
+that is why this module alone in `app` imports torch, inside a function.
 """
 
 from __future__ import annotations

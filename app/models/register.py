@@ -1,7 +1,8 @@
 """Make a directory with a transformers model into a base model of this installation.
 
-Does not cover: downloads (`pull`). Weights are hard-linked where the file system allows it, otherwise symbolically linked;
-small files are copied, so that later edits in the source directory do not change a registered model's text format.
+Does not cover: downloads (`pull`). Weights are hard-linked where the file system allows it, otherwise symbolically
+linked; small files are copied, so that later edits in the source directory do not change a registered model's text
+format.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 from app.models.catalogue import ALL_LINEAR, CARD, ID_PATTERN, BaseModel, ModelError, read_card, write_card
 from app.models.known import GENERIC, known
 from app.rendering.check import check_append_only
-from app.rendering.protocol import RenderingError
 from app.rendering.registry import build_renderer
 
 REQUIRED = ("config.json", "tokenizer.json")
@@ -57,8 +57,11 @@ def register(
     lora_targets: tuple[str, ...] | None = None,
     context: int | None = None,
     now: Callable[[], float] = time.time,
+    place: Callable[[Path, Path], None] | None = None,
 ) -> BaseModel:
-    """Register a local directory as `model_id`. What is not given comes from `known` by hub id, id or directory name.
+    """Register a local directory as `model_id`. What is not given comes from `known` by hub id or id.
+
+    place: how a weight file gets from the directory into the model's (default: a link).
 
     Raises NotAModel, AlreadyRegistered; RenderingError when no renderer fits (the message lists the choices).
     """
@@ -74,7 +77,7 @@ def register(
             if (source / name).is_file():
                 shutil.copyfile(source / name, stage / name)
         for weights in sorted(source.glob("*.safetensors")):
-            _link(weights.resolve(), stage / weights.name)
+            (place or link_weights)(weights.resolve(), stage / weights.name)
         finish(
             stage,
             BaseModel(
@@ -127,6 +130,7 @@ def publish(stage: Path, target: Path) -> BaseModel:
     stage.chmod(0o755)
     for path in stage.iterdir():
         if not path.is_symlink():
+            path.chmod(0o644)  # a trainer or sampler may run as another user
             _fsync(path)
     _fsync(stage)
     try:
@@ -150,7 +154,8 @@ def _context(config_json: Path) -> int:
     return DEFAULT_CONTEXT
 
 
-def _link(source: Path, target: Path) -> None:
+def link_weights(source: Path, target: Path) -> None:
+    """Hard link, or a symbolic one across file systems: then the source directory has to stay."""
     try:
         os.link(source, target)
     except OSError:
@@ -163,15 +168,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = [
-    "AlreadyRegistered",
-    "NotAModel",
-    "RenderingError",
-    "finish",
-    "publish",
-    "register",
-    "require_files",
-    "staging",
-]

@@ -1,12 +1,13 @@
 """Does a renderer only ever append? Run once when a model is registered; the result stands in its `hone.json`.
 
-Does not cover: what a model really samples (a turn whose text the format would write differently is still kept verbatim by the
-bridge). A renderer that fails here renders, but its rollouts would not be what a later re-render of the messages gives.
+Does not cover: what a model really samples (a turn whose text the format would write differently is still kept
+verbatim by the bridge). A renderer that fails here renders, but its rollouts would not be what a later re-render of
+the messages gives.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from app.rendering.protocol import ChatRenderer, Message, RenderingError, Tool
@@ -25,18 +26,21 @@ TOOLS: tuple[Tool, ...] = (
 
 @dataclass(frozen=True)
 class AppendOnly:
-    """`holds`: every bridged prompt equals the full render. `inert`: message text cannot close a turn. `differs`: what went wrong."""
+    """`holds`: every bridged prompt equals the full render. `inert`: message text cannot close a turn.
+
+    `differs` says where they differ, one line per turn.
+    """
 
     holds: bool
     inert: bool
     differs: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"append_only": self.holds, "control_tokens_inert": self.inert, "differs": list(asdict(self)["differs"])}
+        return {"append_only": self.holds, "control_tokens_inert": self.inert, "differs": list(self.differs)}
 
 
 def check_append_only(renderer: ChatRenderer) -> AppendOnly:
-    """Render a conversation with two tool turns as a whole and by bridges. Raises RenderingError when it cannot be rendered."""
+    """Render a conversation with two tool turns as a whole and by bridges. Raises RenderingError."""
     differs: list[str] = []
     conversation = _conversation()
     previous = renderer.prompt(conversation[:2], TOOLS)
@@ -51,10 +55,7 @@ def check_append_only(renderer: ChatRenderer) -> AppendOnly:
 
 def _compare(renderer: ChatRenderer, previous: list[int], whole: list[int], reply: Message) -> str | None:
     if whole[: len(previous)] != previous:
-        at = next((i for i, (a, b) in enumerate(zip(previous, whole, strict=False)) if a != b), len(whole))
-        return (
-            f"the render changes at token {at}: {_around(renderer, previous, at)} became {_around(renderer, whole, at)}"
-        )
+        return f"the render of the history changes: {_first_difference(renderer, previous, whole)}"
     rest = whole[len(previous) :]
     end = next((i + 1 for i, token in enumerate(rest) if token in renderer.stop_token_ids), None)
     if end is None:
@@ -63,11 +64,15 @@ def _compare(renderer: ChatRenderer, previous: list[int], whole: list[int], repl
     if bridged is None:
         return "the renderer refuses to bridge a tool reply"
     if bridged != whole:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(bridged, whole, strict=False)) if a != b), min(len(bridged), len(whole))
-        )
-        return f"bridge and render differ at token {at}: {_around(renderer, bridged, at)} against {_around(renderer, whole, at)}"
+        return f"bridge and render differ: {_first_difference(renderer, bridged, whole)}"
     return None
+
+
+def _first_difference(renderer: ChatRenderer, left: list[int], right: list[int]) -> str:
+    pairs = enumerate(zip(left, right, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+    a, b = (renderer.decode(ids[max(0, at - 4) : at + 8]) for ids in (left, right))
+    return f"{a!r} against {b!r} at token {at}"
 
 
 def _is_inert(renderer: ChatRenderer) -> bool:
@@ -79,10 +84,6 @@ def _is_inert(renderer: ChatRenderer) -> bool:
         return True  # refused altogether
     plain, attempt = (sum(token in renderer.stop_token_ids for token in prompt) for prompt in ids)
     return plain == attempt
-
-
-def _around(renderer: ChatRenderer, ids: list[int], at: int) -> str:
-    return repr(renderer.decode(ids[max(0, at - 4) : at + 8]))
 
 
 def _conversation() -> list[Message]:

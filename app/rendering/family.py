@@ -99,7 +99,7 @@ def _call(call: ParsedToolCall) -> ParsedCall:
 
 
 def _arguments_text(arguments: Any) -> str | None:
-    """JSON text of an object; None for anything else, NaN and infinity (which Python reads and JSON forbids) included."""
+    """JSON text of an object; None for anything else and for NaN and infinity, which Python reads and JSON forbids."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

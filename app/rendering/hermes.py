@@ -1,8 +1,8 @@
-"""Tool calls for ChatML models whose own template knows no tools, behind the `Renderer` protocol of the `renderers` package.
+"""Tool calls for ChatML models whose own template knows no tools, behind the `renderers` package's `Renderer` protocol.
 
-Does not cover: reasoning blocks, and the model's own default system prompt: none is invented. The format is Hermes-like and was
-measured on a 135M model (docs/decisions): tools as JSON lines inside the system message, calls as `<tool_call>` JSON blocks, the
-results of one turn as `<tool_response>` lines in one message of the role `tool`.
+Does not cover: reasoning blocks, and the model's own default system prompt: none is invented. The format is Hermes-
+like and was measured on a 135M model (docs/decisions): tools as JSON lines inside the system message, calls as
+`<tool_call>` JSON blocks, the results of one turn as `<tool_response>` lines in one message of the role `tool`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class HermesRenderer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> RenderedTokens | None:
-        """Everything sampled stays; an unfinished turn (cut by length, or stopped after a call) is closed for the model.
+        """Everything sampled stays; a turn that was cut by length or stopped after a call is closed for the model.
 
         None when the new messages contain an assistant turn, or when the completion goes on after its end of turn.
         """
@@ -141,7 +141,7 @@ class HermesRenderer:
 
 
 class _Tokens:
-    """Ids with their owner and whether a model would have sampled them; text between control tokens is encoded in one piece."""
+    """Ids, their owners, and which a model would have sampled. Text between control tokens is encoded in one piece."""
 
     def __init__(self, renderer: HermesRenderer) -> None:
         self._renderer = renderer

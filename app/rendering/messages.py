@@ -1,7 +1,7 @@
 """OpenAI chat messages into the plain form that renderers read.
 
-Does not cover: whether a conversation makes sense (the files and inference rooms check rows and requests), and images or audio:
-they are refused, never dropped.
+Does not cover: whether a conversation makes sense (the files and inference rooms check rows and requests), and images
+or audio: they are refused, never dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 def normalise(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Content as a string, tool-call arguments as an object where they are one, `developer` as `system`.
 
-    A tool message gets the name of the function it answers when the call is in the list or the caller put it there: some
-    formats write it. Raises MessageNotRenderable with the path of the field.
+    A tool message gets the name of the function it answers when the call is in the list or the caller put it there:
+    some formats write it. Raises MessageNotRenderable with the path of the field.
     """
     plain: list[dict[str, Any]] = []
     names: dict[str, str] = {}

@@ -1,8 +1,9 @@
 """Which renderer a base model gets, built once per model and shared by all threads.
 
 Does not cover: the check of a renderer at registration (`check`).
-"auto" trusts the hub id alone: two models of one architecture may have different templates. A model that the `renderers` package
-does not know gets `hermes` when it speaks ChatML and its own template knows no tools; otherwise the operator must choose.
+"auto" trusts the hub id alone: two models of one architecture may have different templates. A model that the
+`renderers` package does not know gets `hermes` when it speaks ChatML and its own template knows no tools; otherwise
+the operator must choose.
 """
 
 from __future__ import annotations
@@ -41,11 +42,9 @@ XML_CALLS = frozenset(
     }
 )
 
+_PROBE_SCHEMA = {"type": "object", "properties": {}}
 _PROBE_TOOLS: list[Any] = [
-    {
-        "type": "function",
-        "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
-    }
+    {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": _PROBE_SCHEMA}}
 ]
 _PROBE: list[Any] = [
     {"role": "system", "content": "Be brief."},
@@ -89,7 +88,7 @@ def resolve(model: BaseModel, tokenizer: TextTokenizer) -> str:
     if model.renderer != "auto":
         return model.renderer
     if model.hub_id in MODEL_RENDERER_MAP:
-        return MODEL_RENDERER_MAP[model.hub_id]
+        return str(MODEL_RENDERER_MAP[model.hub_id])
     speaks_chatml = all(tokenizer.convert_tokens_to_ids(token) is not None for token in ("<|im_start|>", "<|im_end|>"))
     if speaks_chatml and "tools" not in tokenizer.chat_template:
         return HERMES

@@ -1,9 +1,9 @@
 """A model's tokenizer without transformers: `tokenizers` behind the interface that the `renderers` package asks for.
 
 Does not cover: chat formats, and tokenizers without a `tokenizer.json`.
-Text never becomes a control token: `<|im_end|>` in a row, a tool reply or a prompt is encoded as the characters it is made of.
-Renderers write control tokens by id. (Added tokens that are not marked special, such as Qwen's `<tool_call>`, are ordinary
-vocabulary to their own templates too and still match.)
+Text never becomes a control token: `<|im_end|>` in a row, a tool reply or a prompt is encoded as the characters it is
+made of. Renderers write control tokens by id. (Added tokens that are not marked special, such as Qwen's
+`<tool_call>`, are ordinary vocabulary to their own templates too and still match.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from app.rendering.protocol import NoRenderer
 
-# `renderers.reasoning` looks for these headers in prompts by encoding them as text; they alone are read as control tokens.
+# `renderers.reasoning` looks for these headers in prompts by encoding them as text; they alone are read as control
+# tokens.
 HEADERS = (
     "<|im_start|>assistant\n",
     "<｜Assistant｜>",
@@ -48,7 +49,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, directory: Path, *, name: str) -> TextTokenizer:
-        """Read `tokenizer.json`, the end-of-text token and the chat template of a model directory. Raises NoRenderer."""
+        """Read tokenizer, end-of-text token and chat template of a model directory. Raises NoRenderer."""
         path = directory / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -68,7 +69,7 @@ class TextTokenizer:
         )
 
     def read_control_tokens(self, enabled: bool) -> None:
-        """Whether text may contain control tokens. Only for formats that cannot be written otherwise (see `registry`)."""
+        """Whether text may contain control tokens: only for formats that cannot be written otherwise (`registry`)."""
         self._tokenizer.encode_special_tokens = not enabled
 
     def encode(self, text: str, *_: Any, **__: Any) -> list[int]:
