@@ -1,0 +1,253 @@
+"""The wire of `/v1/chat/completions`: what a request may hold and what an answer looks like (contract §12.1).
+
+Does not cover: rules between fields (`request`) and the events of a stream (`answer`). Unknown fields are ignored:
+clients of the hosted API send more than an open model can use. A field that would change the answer is refused instead.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+from typing_extensions import TypedDict
+
+MAX_CHOICES = 8
+MAX_STOPS = 4
+MAX_TOOLS = 128
+INT64 = 2**63
+
+
+def _join_text_parts(content: Any) -> Any:
+    """A list of text parts becomes its text; whatever else a part may be, these models cannot see it."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if kind == "text" else part.get("refusal") if kind == "refusal" else None
+        if not isinstance(text, str):
+            raise ValueError(f"part {index} is not text; only parts of type 'text' are supported")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _one_or_many(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+_TEXT_OR_PARTS = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+        {"type": "null"},
+    ]
+}
+Text = Annotated[str | None, BeforeValidator(_join_text_parts), WithJsonSchema(_TEXT_OR_PARTS)]
+Stops = Annotated[
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
+    BeforeValidator(_one_or_many),
+]
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CalledFunction(_Lenient):
+    name: str
+    arguments: str = Field(description="JSON text.")
+
+
+class CalledTool(_Lenient):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Lenient):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class FunctionSpec(_Lenient):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
+
+
+class ToolSpec(_Lenient):
+    """`sent` is the object as it came: formats print it whole, and training printed the row's, key order included."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+    _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(data)
+        made._sent = data
+        return made
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        return self._sent
+
+
+class ResponseFormat(_Lenient):
+    type: Literal["text"]
+
+
+class StreamOptions(_Lenient):
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Lenient):
+    """`top_k`, `min_p` and `repetition_penalty` are extras: the SDK sends them through `extra_body`."""
+
+    model: str = Field(description="A base model, a fine-tuned model `ft:…`, or a checkpoint.")
+    messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[ToolSpec] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1: off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stop: Stops = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    functions: list[Any] | None = Field(None, description="Refused: use `tools`.")
+
+
+class FunctionOut(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCallOut(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionOut
+    index: NotRequired[int]  # in a stream only
+
+
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int] | None  # null where a token is part of a character
+    top_logprobs: list[Any]
+
+
+class ChoiceLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class MessageOut(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallOut]]
+
+
+class ChoiceOut(TypedDict):
+    index: int
+    message: MessageOut
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str
+
+
+class PromptDetails(TypedDict):
+    cached_tokens: int
+    audio_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class InvalidCall(TypedDict):
+    """A tool call that could not be read; its text stands in the message's content as the model wrote it."""
+
+    choice: int
+    error: str
+
+
+class Hone(TypedDict):
+    """What has no place in the OpenAI schema: which weights answered, where, and which calls were not valid."""
+
+    policy: str
+    sampler: str
+    invalid_calls: list[InvalidCall]
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChoiceOut]
+    usage: Usage
+    system_fingerprint: str | None
+    hone: Hone
+
+
+class Delta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str
+    tool_calls: list[ToolCallOut]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    system_fingerprint: str | None
+    usage: NotRequired[Usage | None]
+    hone: NotRequired[Hone]

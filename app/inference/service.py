@@ -1,0 +1,215 @@
+"""Chat: render the messages, have the sampler continue the token ids, read what it wrote.
+
+Does not cover: the wire (`schemas`, `answer`, `stream`). Rendering and parsing are those of the rollouts, so that a model is
+served in the format it was trained in; the sampler never sees text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from app.core.errors import InvalidRequest, ServiceError, Unavailable
+from app.core.ids import new_id
+from app.inference.capacity import Gate
+from app.inference.request import Ask
+from app.inference.resolution import Resolver, Target
+from app.inference.turns import Choice, read_turn
+from app.rendering.protocol import MessageNotRenderable
+from app.samplers.client import (
+    Completion,
+    CompletionRequest,
+    ModelNotServed,
+    SamplerError,
+    SamplerRejected,
+    SamplerUnavailable,
+)
+from app.samplers.service import Lease, NoSampler, Samplers
+
+log = logging.getLogger(__name__)
+
+DEADLINE_S = 600.0  # the SDK's own patience
+DEFAULT_MAX_TOKENS = 1024
+SAMPLER_WAIT_S = 5.0
+RETRY_AFTER_S = 5.0
+ATTEMPTS = 2
+IN_FLIGHT = 256
+QUEUE = 1024
+
+
+class SamplingFailed(ServiceError):
+    """The sampler refused or garbled a request that was correct: our fault or the adapter's, never the caller's."""
+
+
+class DeadlineExceeded(ServiceError):
+    """The time a request may take is over. Not an `Unavailable`: the SDK would wait as long twice more."""
+
+    status = 504
+    default_code = "deadline_exceeded"
+
+
+class Aborted(Exception):
+    """The engine gave a request up half way; what it had sampled is thrown away."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request ready to be sampled: all that can be wrong with it has been checked."""
+
+    ask: Ask
+    target: Target
+    ids: list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`policy`: the name of the weights that answered; `sampler`: the id of the server they were in."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    policy: str
+    sampler: str
+
+
+class ChatService:
+    """One per API process."""
+
+    def __init__(
+        self,
+        resolver: Resolver,
+        samplers: Samplers,
+        *,
+        max_model_len: int,
+        gate: Gate | None = None,
+        deadline_s: float = DEADLINE_S,
+        sampler_wait_s: float = SAMPLER_WAIT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._resolver = resolver
+        self._samplers = samplers
+        self._max_model_len = max_model_len
+        self._gate = gate or Gate(IN_FLIGHT, QUEUE)
+        self._deadline_s = deadline_s
+        self._sampler_wait_s = sampler_wait_s
+        self._clock = clock
+        self._holder = f"chat-{os.getpid()}-{new_id('')[:6]}"
+
+    async def answer(self, project_id: str, ask: Ask) -> Answer:
+        """Raises NotFound, InvalidRequest, Unavailable (503: no sampler, overload, deadline) or SamplingFailed."""
+        try:
+            async with asyncio.timeout(self._deadline_s), self._gate.enter():
+                prompt = await self._prepare(project_id, ask)
+                return await self._sample(prompt, self._clock() + self._deadline_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"No answer within {self._deadline_s:.0f} s; ask for fewer tokens or choices."
+            ) from error
+
+    async def _prepare(self, project_id: str, ask: Ask) -> Prompt:
+        target = await self._resolver.resolve(project_id, ask.model)
+        try:
+            ids = await asyncio.to_thread(target.renderer.prompt, ask.messages, ask.tools)
+        except MessageNotRenderable as error:
+            raise InvalidRequest(error.reason, param=error.param) from error
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"The request holds text that is not Unicode: {error.reason}.") from error
+        context = min(target.base.context, self._max_model_len)
+        room = context - len(ids)
+        if room < 1:
+            raise _too_long(context, len(ids))
+        return Prompt(ask, target, ids, min(ask.max_tokens or DEFAULT_MAX_TOKENS, room))
+
+    async def _sample(self, prompt: Prompt, until: float) -> Answer:
+        """A sampler that fails is tried once more: by then the next one, or the same one with the adapter loaded anew."""
+        target, failure = prompt.target, ""
+        for _ in range(ATTEMPTS):
+            try:
+                async with self._samplers.acquire(
+                    target.base.id, target.adapter, self._holder, wait_s=self._sampler_wait_s
+                ) as lease:
+                    return await self._read(prompt, await self._complete_all(lease, prompt, until), lease)
+            except NoSampler as error:  # the keeper has been asked for one
+                raise Unavailable(error.reason, retry_after_s=error.retry_after_s, code="no_sampler") from error
+            except (SamplerUnavailable, ModelNotServed, Aborted) as error:
+                failure = str(error)
+                log.warning(
+                    "a sampler failed a chat request", extra={"ctx": {"model": target.base.id, "error": failure}}
+                )
+            except SamplerRejected as error:
+                raise _rejected(error) from error
+            except SamplerError as error:
+                raise SamplingFailed(f"The sampler did not answer as agreed: {error}", code="sampler_failed") from error
+        raise Unavailable(
+            f"The sampler failed twice: {failure}", retry_after_s=RETRY_AFTER_S, code="sampler_unavailable"
+        )
+
+    async def _complete_all(self, lease: Lease, prompt: Prompt, until: float) -> list[Completion]:
+        """Each choice is a request of its own (the engine shares the prefix); one failure ends its siblings."""
+        tasks = [
+            asyncio.ensure_future(lease.client.complete(self._request(lease, prompt, choice, until)))
+            for choice in range(prompt.ask.n)
+        ]
+        try:
+            completions = await asyncio.gather(*tasks)
+        except (SamplerUnavailable, ModelNotServed):
+            self._samplers.forget(lease.sampler)
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+        if any(completion.finish_reason == "abort" for completion in completions):
+            raise Aborted("the engine aborted the request")
+        return completions
+
+    def _request(self, lease: Lease, prompt: Prompt, choice: int, until: float) -> CompletionRequest:
+        ask, renderer = prompt.ask, prompt.target.renderer
+        ends = renderer.stop_strings(parallel=ask.parallel or ask.tools is None)
+        return CompletionRequest(
+            model=lease.model,
+            prompt_ids=prompt.ids,
+            max_tokens=prompt.max_tokens,
+            temperature=ask.sampling.temperature,
+            top_p=ask.sampling.top_p,
+            top_k=ask.sampling.top_k,
+            min_p=ask.sampling.min_p,
+            repetition_penalty=ask.sampling.repetition_penalty,
+            seed=ask.sampling.seed_of(choice),
+            stop_token_ids=renderer.stop_token_ids,
+            stop=(*ask.stop, *ends),
+            timeout_s=max(until - self._clock(), 1.0),
+        )
+
+    async def _read(self, prompt: Prompt, completions: list[Completion], lease: Lease) -> Answer:
+        choices = await asyncio.to_thread(
+            lambda: [read_turn(prompt.target.renderer, prompt.ask, prompt.ids, each) for each in completions]
+        )
+        return Answer(
+            choices=tuple(choices),
+            prompt_tokens=len(prompt.ids),
+            cached_tokens=completions[0].cached_tokens or 0,
+            policy=lease.model,
+            sampler=lease.sampler.id,
+        )
+
+
+def _too_long(context: int, tokens: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"This model's context is {context} tokens and the messages are {tokens}; shorten them.",
+        param="messages",
+        code="context_length_exceeded",
+    )
+
+
+def _rejected(error: SamplerRejected) -> ServiceError:
+    """The sampler's 400 is the caller's only where it names something the caller sent; else it is ours (or NaN weights)."""
+    if error.param == "input_tokens":
+        return InvalidRequest(str(error), param="messages", code="context_length_exceeded")
+    if error.param in ("max_tokens", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        return InvalidRequest(str(error), param=error.param)
+    return SamplingFailed(f"The sampler refused the request: {error}", code="sampler_rejected")
