@@ -1,0 +1,243 @@
+"""Prefix packing: the rollouts of a micro-batch as one trie, so a shared prefix is forwarded once.
+
+Does not cover: the attention over the packed row (`workers.trainer.attention`), nor reading the batch file
+(`workers.batch`).
+
+Rows are sorted descending, so a row shares with its predecessor the longest prefix it shares with any earlier row, and
+owns only the tail behind it. The packed row is the concatenation of those tails; a token's *slot* is its index there.
+The last token of a row predicts nothing and gets no slot. A token's *node* identifies (prefix, token): the same sampled
+token after the same prefix is scored once, whatever number of rows contain it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# A row joins a batched attention call up to these sizes: its probabilities are kept for the backward pass.
+# Longer rows get a call of their own that recomputes them.
+MAX_BATCHED_TAIL = 256
+MAX_BATCHED_PATH = 1024
+MAX_BATCHED_CELLS = 16_000_000  # padded score cells per head in one batched call
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TailCall:
+    """One row attended alone: queries are the slots [start, stop), keys the slots of `path` (the tail is its end)."""
+
+    start: int
+    stop: int
+    path: Tensor | None  # int64 [keys]; None: the path is exactly the slots [start, stop)
+    mask: Tensor | None  # bool [queries, keys], True = may attend; None: plain causal
+
+
+@dataclass(frozen=True)
+class BatchedCall:
+    """Consecutive rows attended together: keys = a prefix common to all of them, then each row's own part.
+
+    Padded queries repeat slot `start`, look at key 0 only and are dropped by `unpad`.
+    """
+
+    start: int
+    stop: int
+    common: Tensor  # int64 [c] slots of the common prefix
+    queries: Tensor  # int64 [rows * longest tail] slots, padded
+    padding: Tensor  # bool [rows * longest tail], True = padding
+    keys: Tensor  # int64 [rows * longest own part] slots, padded
+    blocked: Tensor  # bool [rows, longest tail, longest own part], True = must not attend
+    unpad: Tensor  # int64 [stop - start] index into the padded queries
+    rows: int
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """Everything one packed forward pass needs. N slots, M scored nodes, R rows, T trained positions."""
+
+    ids: Tensor  # int64 [1, N]
+    positions: Tensor  # int64 [1, N]
+    calls: tuple[TailCall | BatchedCall, ...]  # cover the slots in order
+    scored_slots: Tensor  # int64 [M] the slot whose hidden state predicts the node
+    scored_ids: Tensor  # int64 [M] the token predicted
+    trained_rows: Tensor  # int64 [T] row (input order) …
+    trained_positions: Tensor  # int64 [T] … and position in it …
+    trained_nodes: Tensor  # int64 [T] … and its index among the scored nodes
+
+    @property
+    def forwarded(self) -> int:
+        return int(self.ids.shape[1])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row in trie order. `slots`: slot of each position but the last; the row owns positions from `shared` on."""
+
+    index: int
+    length: int
+    shared: int
+    slots: Ints
+    nodes: Ints
+    start: int  # first owned slot
+
+    @property
+    def tail(self) -> int:
+        return max(0, self.length - 1 - self.shared)
+
+
+def trie_order(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Row indices in the order that makes neighbours share the most: descending, a longer row before its prefixes."""
+    return sorted(range(len(rows)), key=lambda index: (list(rows[index]), -index), reverse=True)
+
+
+def owned_tokens(rows: Sequence[Sequence[int]]) -> list[int]:
+    """For rows already in trie order: how many slots each adds behind its predecessors."""
+    owned = []
+    previous: Sequence[int] = ()
+    for row in rows:
+        owned.append(max(0, len(row) - 1 - _shared(previous, row)))
+        previous = row
+    return owned
+
+
+def plan_tree(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], device: torch.device) -> TreePlan:
+    """Pack `rows` (token ids, at least two tokens each); `masks` marks the positions whose log-prob is wanted.
+
+    Position 0 has no context and is never scored, whatever its mask.
+    """
+    trie = _trie(rows)
+    ids: list[int] = []
+    positions: list[int] = []
+    for row in trie:
+        ids.extend(rows[row.index][row.shared : row.shared + row.tail])
+        positions.extend(range(row.shared, row.shared + row.tail))
+
+    trained_rows, trained_positions, nodes, slots, targets = [], [], [], [], []
+    for row in trie:
+        wanted = np.flatnonzero(np.asarray(masks[row.index][1:])) + 1
+        trained_rows.append(np.full(len(wanted), row.index))
+        trained_positions.append(wanted)
+        nodes.append(row.nodes[wanted])
+        slots.append(row.slots[wanted - 1])
+        targets.append(np.asarray(rows[row.index])[wanted])
+    unique, first, inverse = np.unique(np.concatenate(nodes), return_index=True, return_inverse=True)
+    assert len(unique) == len(first)
+
+    def tensor(values: Ints | Sequence[int]) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
+
+    return TreePlan(
+        ids=tensor(ids)[None],
+        positions=tensor(positions)[None],
+        calls=tuple(_calls(trie, device)),
+        scored_slots=tensor(np.concatenate(slots)[first]),
+        scored_ids=tensor(np.concatenate(targets)[first]),
+        trained_rows=tensor(np.concatenate(trained_rows)),
+        trained_positions=tensor(np.concatenate(trained_positions)),
+        trained_nodes=tensor(inverse.reshape(-1)),
+    )
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    limit = min(len(one), len(other))
+    different = np.flatnonzero(np.asarray(one[:limit]) != np.asarray(other[:limit]))
+    return int(different[0]) if len(different) else limit
+
+
+def _trie(rows: Sequence[Sequence[int]]) -> list[_Row]:
+    trie: list[_Row] = []
+    next_slot = next_node = 0
+    for index in trie_order(rows):
+        length = len(rows[index])
+        previous = trie[-1] if trie else None
+        shared = _shared(rows[previous.index], rows[index]) if previous else 0
+        tail, fresh = max(0, length - 1 - shared), length - shared
+        inherited_slots = previous.slots[:shared] if previous else np.zeros(0, dtype=np.int64)
+        inherited_nodes = previous.nodes[:shared] if previous else np.zeros(0, dtype=np.int64)
+        slots = np.concatenate([inherited_slots[: length - 1], np.arange(next_slot, next_slot + tail)])
+        nodes = np.concatenate([inherited_nodes, np.arange(next_node, next_node + fresh)])
+        trie.append(_Row(index, length, shared, slots, nodes, next_slot))
+        next_slot, next_node = next_slot + tail, next_node + fresh
+    return trie
+
+
+def _calls(trie: Sequence[_Row], device: torch.device) -> list[TailCall | BatchedCall]:
+    """Cut the rows that own slots into calls: neighbours that share at least half of their path go together."""
+    calls: list[TailCall | BatchedCall] = []
+    batch: list[_Row] = []
+
+    def flush() -> None:
+        if len(batch) == 1:
+            calls.append(_tail_call(batch[0], device))
+        elif batch:
+            calls.append(_batched_call(batch, device))
+        batch.clear()
+
+    for row in trie:
+        if not row.tail:
+            continue
+        path = row.length - 1
+        if row.tail > MAX_BATCHED_TAIL or path > MAX_BATCHED_PATH or 2 * row.shared < path:
+            flush()
+            calls.append(_tail_call(row, device))
+            continue
+        candidate = [*batch, row]
+        cells = len(candidate) * max(r.tail for r in candidate) * max(r.length for r in candidate)
+        if cells > MAX_BATCHED_CELLS or (batch and _common(candidate) < row.shared // 2):
+            flush()
+        batch.append(row)
+    flush()
+    return calls
+
+
+def _common(rows: Sequence[_Row]) -> int:
+    """Length of the prefix common to the paths of all rows, none of whose own queries lie inside it."""
+    return min(row.shared for row in rows)
+
+
+def _tail_call(row: _Row, device: torch.device) -> TailCall:
+    if row.shared == 0:
+        return TailCall(row.start, row.start + row.tail, None, None)
+    keys, queries = row.length - 1, row.tail
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return TailCall(row.start, row.start + row.tail, torch.as_tensor(row.slots, device=device), mask)
+
+
+def _batched_call(rows: Sequence[_Row], device: torch.device) -> BatchedCall:
+    common = _common(rows)
+    tail = max(row.tail for row in rows)
+    own = max(row.length - 1 - common for row in rows)
+    start, stop = rows[0].start, rows[-1].start + rows[-1].tail
+    queries = np.full((len(rows), tail), start, dtype=np.int64)
+    padding = np.ones((len(rows), tail), dtype=np.bool_)
+    keys = np.full((len(rows), own), start, dtype=np.int64)
+    allowed = np.zeros((len(rows), tail, own), dtype=np.bool_)
+    allowed[:, :, 0] = True
+    unpad = []
+    for index, row in enumerate(rows):
+        queries[index, : row.tail] = np.arange(row.start, row.start + row.tail)
+        padding[index, : row.tail] = False
+        keys[index, : row.length - 1 - common] = row.slots[common:]
+        seen = row.shared - common + np.arange(row.tail)[:, None]
+        allowed[index, : row.tail] = np.arange(own)[None, :] <= seen
+        unpad.append(index * tail + np.arange(row.tail))
+
+    def tensor(values: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
+        return torch.as_tensor(values, device=device)
+
+    return BatchedCall(
+        start=start,
+        stop=stop,
+        common=tensor(rows[0].slots[:common]),
+        queries=tensor(queries.reshape(-1)),
+        padding=tensor(padding.reshape(-1)),
+        keys=tensor(keys.reshape(-1)),
+        blocked=tensor(~allowed),
+        unpad=tensor(np.concatenate(unpad)),
+        rows=len(rows),
+    )

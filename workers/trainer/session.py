@@ -1,0 +1,156 @@
+"""One trainer session: load, publish the first version, then step, publish, snapshot, answer – until told to stop.
+
+Does not cover: the loss and the packing (`workers.trainer.grpo`), the process around it (`workers.trainer.__main__`).
+
+Order of one step: receive `Step`, check the batch, update, publish version k, snapshot, `StepDone`. Batch k + 1 is not
+asked for before that, so a strictly on-policy run needs no other lock.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+
+from workers.batch import TrainingRow, read_batch
+from workers.messages import Message, Progress, ProtocolError, Published, Ready, Start, Step, StepDone, Stop
+from workers.trainer import grpo, model, publish, scoring, snapshot
+
+
+class Channel(Protocol):
+    """What a session needs of the pipe."""
+
+    def receive(self) -> Message: ...
+
+    def send(self, message: Message) -> None: ...
+
+
+class Stopped(Exception):
+    """`Stop` was received while waiting for a step."""
+
+
+class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
+    """Runs as TRL's callback: `on_train_begin` publishes the first version, `on_step_end` everything after a step."""
+
+    def __init__(self, start: Start, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
+        self._start, self._channel, self._clock = start, channel, clock
+        self._began = clock()
+        self._step_began = self._began
+        self.step = 0
+
+    def run(self) -> None:
+        """Returns after `Stop`; raises whatever went wrong."""
+        start = self._start
+        torch.set_num_threads(start.threads)
+        self._channel.send(Progress("load", 1, 3))
+        self._canary: list[list[int]] = json.loads(Path(start.canary).read_text())
+        policy = model.load_policy(start.model_path, start.dtype, start.lora, start.seed)
+        self._channel.send(Progress("load", 2, 3))
+        optimizer, scheduler = grpo.make_optimizer(policy, start.learning_rate)
+        self._state = snapshot.TrainerState(policy, optimizer, scheduler)
+        self.step = snapshot.read_step(Path(start.snapshot)) if start.snapshot else 0
+        remaining = start.total_steps - self.step
+        with tempfile.TemporaryDirectory(prefix="trainer-") as scratch:
+            self._trainer = grpo.PackedGRPO(
+                policy,
+                self._hyperparameters(max(1, remaining)),
+                scratch,
+                self._next_rows,
+                lambda done, total: self._channel.send(Progress("update", done, total)),
+                self,
+                (optimizer, scheduler),
+            )
+            try:
+                if remaining > 0:
+                    self._trainer.train()
+                else:
+                    self._begin()
+                self._await_stop()
+            except Stopped:
+                return
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._start.snapshot and state.global_step == 0:
+            snapshot.restore_generators(Path(self._start.snapshot))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        updated = self._clock()
+        adapter, canary_s, publication_s = self._publish()
+        snapshot_began = self._clock()
+        path, digest = snapshot.write_snapshot(Path(self._start.snapshots_dir), self.step, self._state)
+        trainer = self._trainer
+        metrics = {
+            **trainer.diagnostics.metrics(),
+            "loss": trainer.step_loss,
+            "grad_norm": trainer.grad_norm,
+            "learning_rate": float(self._state.optimizer.param_groups[0]["lr"]),
+        }
+        seconds = {
+            "update": updated - self._step_began,
+            "canary": canary_s,
+            "publication": publication_s,
+            "snapshot": self._clock() - snapshot_began,
+        }
+        self._channel.send(StepDone(self.step, adapter, str(path), digest, metrics, seconds))
+
+    def _begin(self) -> None:
+        if self._start.snapshot:
+            snapshot.restore_snapshot(Path(self._start.snapshot), self._state)
+        adapter, _, _ = self._publish()
+        self._channel.send(Ready(self.step, adapter, self._clock() - self._began))
+
+    def _next_rows(self) -> Sequence[TrainingRow]:
+        message = self._channel.receive()
+        if isinstance(message, Stop):
+            raise Stopped
+        if not isinstance(message, Step) or message.step != self.step + 1:
+            raise ProtocolError(f"expected step {self.step + 1}, got {message}")
+        self._step_began = self._clock()
+        rows = read_batch(Path(message.batch), message.sha256)
+        self.step = message.step
+        return rows
+
+    def _await_stop(self) -> None:
+        message = self._channel.receive()
+        if not isinstance(message, Stop):
+            raise ProtocolError(f"all {self._start.total_steps} steps are done; got {message}")
+
+    def _publish(self) -> tuple[Published, float, float]:
+        """Score the canary with the adapter as it is now, publish it; also returns both durations."""
+        start = self._start
+        began = self._clock()
+        self._channel.send(Progress("canary", 0, 1))
+        scores = scoring.score_rows(self._state.policy, self._canary, start.temperature)
+        scored = self._clock()
+        self._channel.send(Progress("publication", 0, 1))
+        adapter = publish.publish(
+            self._state.policy,
+            adapters_dir=Path(start.adapters_dir),
+            prefix=start.adapter_prefix,
+            version=self.step,
+            lora=start.lora,
+            base=start.model_path,
+            canary=scores,
+        )
+        return adapter, scored - began, self._clock() - scored
+
+    def _hyperparameters(self, steps: int) -> grpo.Hyperparameters:
+        start = self._start
+        return grpo.Hyperparameters(
+            steps=steps,
+            learning_rate=start.learning_rate,
+            loss_type=start.loss_type,
+            temperature=start.temperature,
+            epsilon=start.epsilon,
+            max_grad_norm=start.max_grad_norm,
+            seed=start.seed,
+        )
