@@ -1,0 +1,192 @@
+"""What a client may do with jobs: create one, look at it, list, cancel, read its events.
+
+Does not cover: HTTP (`routes`), the rows of its files (`validation_service`), running it (`leases`, `workers`).
+The caller owns the transaction; nothing here does I/O besides the session, so that a create holds the database's write
+lock for a few milliseconds only (design §6.9).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.errors import InvalidRequest, NotFound
+from app.core.ids import new_id
+from app.core.paging import Page
+from app.core.states import JobStatus
+from app.db.tables import Event, File, Job
+from app.jobs import events, idempotency, leases, repository, state
+from app.jobs.idempotency import Attempt
+from app.jobs.parse import JobSpec
+from app.jobs.schemas import MAX_SEED
+from app.jobs.secrets import Vault, seal_headers
+from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job with its ledger counts, read at the database's time `at`."""
+
+    job: Job
+    counts: Mapping[str, int]
+    at: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job that may be inserted: headers are sealed with its id, the seed is drawn."""
+
+    job_id: str
+    spec: JobSpec
+    method: dict[str, Any]
+    seed: int
+
+
+def draft(spec: JobSpec, vault: Vault) -> Draft:
+    """The part of a create that needs no database."""
+    job_id = new_id("ftjob-")
+    seed = spec.request.seed if spec.request.seed is not None else secrets.randbelow(MAX_SEED + 1)
+    return Draft(job_id, spec, seal_headers(spec.method, vault, job_id), seed)
+
+
+def check_model(catalogue: Catalogue, spec: JobSpec) -> None:
+    """Blocking (reads the catalogue). Raises InvalidRequest unless the model is here and can hold what is asked."""
+    name = spec.request.model
+    if name.startswith("ft:"):
+        raise InvalidRequest(
+            f"{name!r} is a fine-tuned model; going on from one is not supported yet. Start from a base model.",
+            param="model",
+        )
+    try:
+        model = catalogue.get(name)
+    except (UnknownModel, BrokenModel) as error:
+        raise InvalidRequest(str(error), param="model", code="model_not_found") from None
+    for option in ("max_tokens_per_turn", "max_tokens_per_episode"):
+        if spec.options.get(option, 0) > model.context:
+            param = f"hone.{option}"
+            raise InvalidRequest(f"{param}: {name} has a context of {model.context} tokens", param=param)
+
+
+async def create(session: AsyncSession, made: Draft, attempt: Attempt) -> Job:
+    """Insert the job and its first event, or find the job that the same request made before."""
+    existing = await idempotency.find(session, attempt)
+    if existing is None:
+        request = made.spec.request
+        await _check_file(session, attempt.project_id, request.training_file, "training_file")
+        await _check_file(session, attempt.project_id, request.validation_file or "", "validation_file")
+        if not await idempotency.remember(session, attempt, made.job_id):
+            existing = await idempotency.find(session, attempt)
+    if existing is not None:
+        return await _get(session, attempt.project_id, existing)
+    await _insert(session, made, attempt.project_id)
+    return await _get(session, attempt.project_id, made.job_id)
+
+
+async def _insert(session: AsyncSession, made: Draft, project_id: str) -> None:
+    request = made.spec.request
+    await repository.add(
+        session,
+        id=made.job_id,
+        project_id=project_id,
+        status=JobStatus.VALIDATING,
+        model=request.model,
+        training_file=request.training_file,
+        validation_file=request.validation_file,
+        suffix=request.suffix,
+        seed=made.seed,
+        user_metadata=request.metadata,
+        method=made.method,
+        options=made.spec.options,
+    )
+    await events.append(
+        session, project_id=project_id, job_id=made.job_id, message=f"Created fine-tuning job: {made.job_id}"
+    )
+    if made.spec.ignored:
+        ignored = list(made.spec.ignored[:50])
+        await events.append(
+            session,
+            project_id=project_id,
+            job_id=made.job_id,
+            level="warn",
+            message=f"Unknown fields of the request were ignored: {', '.join(ignored)}",
+            data={"ignored": ignored},
+        )
+
+
+async def _check_file(session: AsyncSession, project_id: str, file_id: str, param: str) -> None:
+    file: File | None = await repository.file(session, project_id, file_id)
+    if file is None:
+        raise InvalidRequest(f"{param}: no such File object: {file_id}", param=param)
+    if file.purpose != "fine-tune":
+        raise InvalidRequest(
+            f"{param}: file {file_id} has the purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param
+        )
+    if file.status == "error":
+        raise InvalidRequest(f"{param}: file {file_id} cannot be used: {file.status_details}", param=param)
+
+
+async def view(session: AsyncSession, project_id: str, job_id: str) -> JobView:
+    """Raises NotFound."""
+    job = await _get(session, project_id, job_id)
+    counts = await repository.rollout_counts(session, [job_id])
+    return JobView(job, counts[job_id], await repository.clock(session))
+
+
+async def list_jobs(
+    session: AsyncSession, project_id: str, *, after: str | None, limit: int, metadata: Mapping[str, str] | None
+) -> Page[JobView]:
+    """Newest first. Raises InvalidRequest for an unknown `after`."""
+    last = None
+    if after is not None:
+        last = await repository.get(session, project_id, after)
+        if last is None:
+            bad_cursor(after)
+    page = Page.of(await repository.list_jobs(session, project_id, after=last, limit=limit, metadata=metadata), limit)
+    counts = await repository.rollout_counts(session, [job.id for job in page.items])
+    at = await repository.clock(session)
+    return Page([JobView(job, counts[job.id], at) for job in page.items], page.has_more)
+
+
+async def cancel(session: AsyncSession, project_id: str, job_id: str) -> None:
+    """Immediate: the worker's next write fails its fence. Raises NotFound, InvalidRequest when it has ended."""
+    job = await _get(session, project_id, job_id)
+    if not state.may_cancel(JobStatus(job.status)) or not await repository.cancel(session, project_id, job_id):
+        await session.refresh(job)
+        raise InvalidRequest(f'Cannot cancel a job {job_id} that already has status "{job.status}".')
+    await leases.close_open_rollouts(session, job_id)
+    await events.append(session, project_id=project_id, job_id=job_id, message="Fine-tuning job cancelled")
+    await session.refresh(job)
+
+
+async def list_events(
+    session: AsyncSession, project_id: str, job_id: str, *, after: str | None, limit: int, ascending: bool
+) -> Page[Event]:
+    """Raises NotFound for the job, InvalidRequest for an unknown `after`."""
+    await _get(session, project_id, job_id)
+    seq = None
+    if after is not None:
+        seq = await repository.event_seq(session, job_id, after)
+        if seq is None:
+            bad_cursor(after)
+    found = await repository.list_events(session, job_id, after=seq, limit=limit, ascending=ascending)
+    return Page.of(found, limit)
+
+
+async def require(session: AsyncSession, project_id: str, job_id: str) -> None:
+    """For the lists below a job: raises NotFound unless the project has it."""
+    await _get(session, project_id, job_id)
+
+
+def bad_cursor(after: str) -> NoReturn:
+    raise InvalidRequest(f"after: no item {after[:100]!r} in this list", param="after")
+
+
+async def _get(session: AsyncSession, project_id: str, job_id: str) -> Job:
+    job = await repository.get(session, project_id, job_id)
+    if job is None:
+        raise NotFound(f"Could not find fine tune: {job_id}", param="fine_tune_id", code="fine_tune_not_found")
+    return job

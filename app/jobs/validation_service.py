@@ -1,0 +1,123 @@
+"""Read a new job's files under a lease and move it on: `queued` with its plan, or `failed` with every bad row named.
+
+Does not cover: the checks themselves (`validation`, `rows`). Called by the runner, never by the API process (design §6.9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.db.tables import Job
+from app.files.storage import Storage
+from app.graders.schemas import parse_grader
+from app.jobs import events, leases
+from app.jobs.dataset import lines
+from app.jobs.plan import Plan, resolve
+from app.jobs.rows import RowSpec
+from app.jobs.secrets import mask_headers
+from app.jobs.validation import FileReport, Refusal, TooSlow, refusal, validate_rows, warnings
+from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 300.0
+DEADLINE_S = 240.0  # below the lease, so that a slow reader has stopped before another may start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What reading the files came to: exactly one of `plan` and `refusal` is there."""
+
+    plan: Plan | None
+    refusal: Refusal | None
+    warnings: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+async def validate_job(database: Database, settings: Settings, catalogue: Catalogue, job_id: str, owner: str) -> None:
+    """Claim, read in a thread, finish. Returns at once when someone else reads; a job cancelled meanwhile stays so."""
+    async with database.begin() as session:
+        job = await leases.claim_validation(session, job_id, owner, LEASE_S)
+        if job is None:
+            return
+        await events.append(
+            session,
+            project_id=job.project_id,
+            job_id=job_id,
+            message=f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
+        )
+    stop = threading.Event()
+    try:
+        outcome = await asyncio.to_thread(read_files, job, Storage(settings.files_dir), catalogue, stop, DEADLINE_S)
+    finally:
+        stop.set()  # a cancelled runner must not wait for the thread
+    await _record(database, job, owner, outcome)
+
+
+def read_files(
+    job: Job, storage: Storage, catalogue: Catalogue, stop: threading.Event, deadline_s: float = DEADLINE_S
+) -> Outcome:
+    """Blocking: both files row by row, then the plan. Everything the user can cause comes back as a refusal."""
+    reinforcement = mask_headers(job.method)["reinforcement"]
+    tools = frozenset(str(tool["name"]) for tool in reinforcement.get("tools", ()))
+    spec = RowSpec(tools=tools, grader=parse_grader(reinforcement["grader"]))
+    ends = time.monotonic() + deadline_s
+    valid_id = job.validation_file or ""
+    reports: list[FileReport] = []
+    for param, file_id in (("training_file", job.training_file), ("validation_file", valid_id)):
+        try:
+            with storage.open(file_id) as file:
+                reports.append(validate_rows(lines(file), spec, late=lambda: stop.is_set() or time.monotonic() > ends))
+        except (OSError, ValueError) as error:
+            log.warning("job %s: cannot read %s: %s", job.id, file_id, error)
+            return _refused(param, f"File {file_id} can no longer be read; upload it again")
+        except TooSlow:
+            return _refused(param, f"File {file_id} could not be checked within {deadline_s:.0f} seconds")
+    train, valid = reports
+    if refused := refusal(train, valid, job.training_file, valid_id):
+        return Outcome(None, refused)
+    try:
+        model = catalogue.get(job.model)
+    except (UnknownModel, BrokenModel) as error:
+        return Outcome(None, Refusal("model_not_found", str(error), "model", {}))
+    plan = resolve(job.method, job.options, train.n_rows, valid.n_rows, model, job.seed)
+    return Outcome(plan, None, tuple(warnings(train, valid, tools)))
+
+
+def _refused(param: str, message: str) -> Outcome:
+    return Outcome(None, Refusal(f"invalid_{param}", message, param, {}))
+
+
+async def _record(database: Database, job: Job, owner: str, outcome: Outcome) -> None:
+    """One transaction: the new status and the events that explain it."""
+    plan = outcome.plan.as_dict() if outcome.plan else None
+    error = outcome.refusal.error if outcome.refusal else None
+    async with database.begin() as session:
+        if not await leases.finish_validation(session, job.id, owner, plan=plan, error=error):
+            return
+        for message, data in outcome.warnings:
+            await events.append(
+                session, project_id=job.project_id, job_id=job.id, level="warn", message=message, data=data
+            )
+        if outcome.refusal is not None:
+            await events.append(
+                session,
+                project_id=job.project_id,
+                job_id=job.id,
+                level="error",
+                message=outcome.refusal.message,
+                data=outcome.refusal.data,
+            )
+        else:
+            await events.append(
+                session,
+                project_id=job.project_id,
+                job_id=job.id,
+                message="Files validated, moving job to queued state",
+            )

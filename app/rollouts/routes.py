@@ -1,0 +1,37 @@
+"""`/v1/fine_tuning/jobs/{id}/rollouts`: every trajectory and its trace (an addition to OpenAI's API).
+
+Does not cover: export and re-grading. From the SDK: `client.get(path, cast_to=object)`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from app.core.paging import envelope
+from app.rollouts import service
+from app.rollouts.schemas import RolloutQuery, rollout_object
+from app.web.deps import CallerDep, DatabaseDep, SettingsDep
+
+router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/rollouts")
+
+
+@router.get("")
+async def list_rollouts(
+    job_id: str, caller: CallerDep, database: DatabaseDep, asked: Annotated[RolloutQuery, Query()]
+) -> dict[str, Any]:
+    """Rollouts of a job, newest first, filtered."""
+    async with database.read() as session:
+        found = await service.list_rollouts(session, caller.project_id, job_id, asked)
+    return envelope([rollout_object(rollout) for rollout in found.items], found.has_more)
+
+
+@router.get("/{rollout_id}")
+async def retrieve_rollout(
+    job_id: str, rollout_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep
+) -> dict[str, Any]:
+    """One rollout with its trace: messages, tokens, log-probs, tool calls, grade."""
+    async with database.read() as session:
+        rollout = await service.get(session, caller.project_id, job_id, rollout_id)
+    return await service.with_trace(rollout, settings.traces_dir)
