@@ -10,7 +10,7 @@ from typing import Any
 from app.jobs.schemas import CreateJob, HoneOptions, Reinforcement
 
 
-def _inline(schema: dict[str, Any], defs: dict[str, Any]) -> Any:
+def _inline(schema: Any, defs: dict[str, Any]) -> Any:
     """`$ref`s into pydantic's `$defs` written out: an operation has no place for definitions."""
     if isinstance(schema, dict):
         if "$ref" in schema:

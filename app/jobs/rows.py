@@ -31,7 +31,7 @@ Fault = tuple[str, str]  # field, message
 
 
 class RowChecker:
-    """Checks rows one by one. Rows mostly share their tools, so a tool list is judged once and remembered by its text."""
+    """Checks rows one by one. Rows mostly share their tools, so a tool list is judged once and then remembered."""
 
     def __init__(self, spec: RowSpec) -> None:
         self.spec = spec

@@ -20,10 +20,10 @@ from app.core.paging import Page
 from app.core.states import JobStatus
 from app.db.tables import Event, File, Job
 from app.jobs import events, idempotency, leases, repository, state
+from app.jobs.headers import Vault, seal_headers
 from app.jobs.idempotency import Attempt
 from app.jobs.parse import JobSpec
 from app.jobs.schemas import MAX_SEED
-from app.jobs.secrets import Vault, seal_headers
 from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
 
 

@@ -91,7 +91,7 @@ def validate_rows(
 
 
 def refusal(train: FileReport, valid: FileReport, train_id: str, valid_id: str) -> Refusal | None:
-    """The fault that ends the job, or None. Bad rows come before counts; the training file before the validation file."""
+    """The fault that ends the job, or None. Bad rows come before counts, training before validation."""
     data = {
         "problems": [
             {"file": file_id, "row": p.row, "field": p.field or None, "message": p.message}

@@ -1,6 +1,6 @@
 """Read a new job's files under a lease and move it on: `queued` with its plan, or `failed` with every bad row named.
 
-Does not cover: the checks themselves (`validation`, `rows`). Called by the runner, never by the API process (design §6.9).
+Does not cover: the checks themselves (`validation`, `rows`). Called by the runner, never by the API (design §6.9).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from app.files.storage import Storage
 from app.graders.schemas import parse_grader
 from app.jobs import events, leases
 from app.jobs.dataset import lines
+from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan, resolve
 from app.jobs.rows import RowSpec
-from app.jobs.secrets import mask_headers
 from app.jobs.validation import FileReport, Refusal, TooSlow, refusal, validate_rows, warnings
 from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
 

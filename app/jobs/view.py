@@ -10,8 +10,8 @@ from typing import Any
 
 from app.core.states import JobStatus
 from app.db.tables import Event, Job
+from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan
-from app.jobs.secrets import mask_headers
 
 _BEFORE_RUN = frozenset({JobStatus.VALIDATING, JobStatus.QUEUED})
 

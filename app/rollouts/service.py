@@ -44,7 +44,7 @@ async def get(session: AsyncSession, project_id: str, job_id: str, rollout_id: s
 
 
 async def with_trace(rollout: Rollout, traces_dir: Path) -> dict[str, Any]:
-    """The row and `trace`: null while it runs, and null with `trace_error` when the file is gone. No session is held."""
+    """The row and `trace`: null while it runs, null with `trace_error` when the file is gone. Holds no session."""
     shown = rollout_object(rollout)
     file, offset, length = rollout.trace_file, rollout.trace_offset, rollout.trace_length
     if file is None or offset is None or length is None:
