@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+import httpx
+
 MASK = "***"
 MAX_URL_CHARS = 2048
 MAX_HEADERS = 32
@@ -32,7 +34,8 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:
+        httpx.URL(url)  # stricter in places than the standard library, and it is what will send
+    except (ValueError, httpx.InvalidURL):
         raise ValueError("is not a valid URL") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError("must start with http:// or https://")

@@ -1,9 +1,9 @@
 """Secrets at rest: header values are sealed before they reach the database and opened only to be sent.
 
-Does not cover: API keys, which are never stored in a form that can be read back (`app.security.keys`).
+Does not cover: API keys, which are never stored in a form that can be read back (`app.security.api_keys`).
 
 AES-256-GCM with a fresh nonce each time; the row's id is bound as associated data, so a sealed value that is copied to
-another row does not open there. The token names its key: `HONE_SECRET_KEY=new,old` seals with the first, opens with all.
+another row does not open there. The token names its key: of `HONE_SECRET_KEY=new,old` the first seals and all open.
 """
 
 from __future__ import annotations
