@@ -1,0 +1,1 @@
+"""One coroutine per trajectory, groups of them, their ledger and traces. No torch, no web."""
