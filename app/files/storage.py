@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -104,6 +105,12 @@ class Storage:
             stored = incoming.finish()
             self.publish(incoming, file_id)
         return stored
+
+    def sweep(self, older_than_s: float = 86400.0) -> None:
+        """Remove drafts whose process died while it received them."""
+        for draft in (self.root / "incoming").glob("*"):
+            if time.time() - draft.stat().st_mtime > older_than_s:
+                draft.unlink(missing_ok=True)
 
     def delete(self, file_id: str) -> None:
         """Idempotent."""

@@ -26,7 +26,7 @@ from app.web.middleware import BodyLimit, RequestContext
 def _optional(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
+    except ImportError:
         return None
 
 
@@ -52,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        services.storage.sweep()
         yield
         if services.samplers is not None:
             await services.samplers.close()

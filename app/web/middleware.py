@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.web.errors import envelope
@@ -66,6 +67,8 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, decorated)
+        except ClientDisconnect:
+            log.info("the client went away", extra={"ctx": {"request_id": request_id, "path": scope["path"]}})
         except Exception:
             log.exception("unhandled error", extra={"ctx": {"request_id": request_id, "path": scope["path"]}})
             if started:
