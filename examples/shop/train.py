@@ -57,7 +57,7 @@ def create_job(client: OpenAI, shop: Shop, task: Task, model: str, seed: int) ->
         seed=seed,
         suffix=task.name,
         method={"type": "reinforcement", "reinforcement": reinforcement},  # type: ignore[arg-type]  # tools: not typed there
-        extra_body={"hone": {"max_tokens_per_turn": task.max_tokens}},
+        extra_body={"hone": {"max_tokens_per_turn": task.max_tokens, "max_trained_rollouts": 32}},
     )
 
 

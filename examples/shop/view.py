@@ -50,6 +50,12 @@ def sparkline(values: Sequence[float], top: float | None = None) -> str:
     return "".join(BARS[min(7, max(0, int(8 * value / ceiling)))] for value in values)
 
 
+def bar(done: int, total: int, width: int) -> str:
+    """`━━━╌╌╌`."""
+    filled = width * done // max(1, total)
+    return "━" * filled + "╌" * (width - filled)
+
+
 def age(seconds: float) -> str:
     """`7 s`, `2 min 05 s`."""
     whole = int(seconds)
@@ -105,19 +111,17 @@ class RichView:
     def count(self, label: str, done: int, total: int) -> None:
         from rich.text import Text
 
-        width = 30 * done // total
-        self._live.update(Text(f"  {label}  {'━' * width}{'╌' * (30 - width)}  {done}/{total} episodes"))
+        self._live.update(Text(f"  {label:<16}  {bar(done, total, 30)}  {done}/{total} episodes"))
 
 
 def panel(frame: Frame, events: Sequence[str]) -> Group:
     """The job as a person wants it: where it is, what it learned, what it does now and for how long."""
     from rich.console import Group
     from rich.panel import Panel
-    from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    rows = Table.grid(padding=(0, 2))
+    rows = Table.grid(padding=(0, 2, 0, 0))
     for name, values, top in (
         ("reward train", frame.rewards, 1.0),
         ("reward valid", frame.valid_rewards, 1.0),
@@ -126,13 +130,13 @@ def panel(frame: Frame, events: Sequence[str]) -> Group:
         if values:
             gain = f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else ""
             rows.add_row(Text(name, style="dim"), Text(sparkline(values, top)), Text(f"{values[-1]:.2f}"), Text(gain))
-    rows.add_row(Text("rollouts", style="dim"), Text(ledger_line(frame.ledger)))
     now = f"{frame.activity} · {age(frame.activity_age_s)}" if frame.activity else "waiting"
     return Group(
         Panel(
             Group(
-                ProgressBar(total=max(1, frame.total_steps), completed=frame.step, width=60),
+                bar(frame.step, frame.total_steps, 60),
                 rows,
+                Text(f"rollouts      {ledger_line(frame.ledger)}", style="dim"),
                 *(Text(event, style="dim") for event in events),
             ),
             title=Text(f"{frame.job_id}  {frame.status}  step {frame.step}/{frame.total_steps or '?'}"),

@@ -1,0 +1,115 @@
+"""The demo's child processes: each leads its own process group, and none outlives the demo.
+
+Does not cover: what is started and when (`demo`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+STOP_S = 20.0  # `hone up` ends its own children in this time; what is left then is killed
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on; the message says why and what to look at."""
+
+
+class Child:
+    """A process with a name for messages. Its group gets SIGTERM, and SIGKILL if that was not enough."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes] | int | None
+    ) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends the groups in order
+        )
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    def first_line(self, timeout_s: float) -> str:
+        """The first line of the output (a pipe); raises DemoFailed when none comes in time."""
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        deadline, read = time.monotonic() + timeout_s, b""
+        while b"\n" not in read:
+            read += self._process.stdout.read() or b""
+            if self.returncode is not None or time.monotonic() > deadline:
+                raise DemoFailed(f"{self.name} did not start: {read.decode(errors='replace').strip() or 'no output'}")
+            time.sleep(0.05)
+        return read.split(b"\n", 1)[0].decode()
+
+    def stop(self) -> None:
+        """End the whole group; returns when its leader is gone."""
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_S)
+        self._signal(signal.SIGKILL)
+        self._process.wait(STOP_S)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The leader's pid stays the group's id as long as any member lives, and a group that is gone is what we want.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+class Children:
+    """Started in order, stopped in reverse order, also when an exception or a signal ends the demo."""
+
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: IO[bytes] | int | None = None,
+    ) -> Child:
+        """`output` as for Popen's stdout, with stderr beside it; None inherits both."""
+        child = Child(name, command, cwd=cwd, env=env, output=output)
+        self._children.append(child)
+        return child
+
+    def stop_all(self) -> None:
+        while self._children:
+            self._children.pop().stop()
+
+
+@contextlib.contextmanager
+def children() -> Iterator[Children]:
+    """SIGTERM and SIGHUP become an orderly exit while the block runs."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    started = Children()
+    try:
+        yield started
+    finally:
+        for number in (signal.SIGINT, *previous):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        try:
+            started.stop_all()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
