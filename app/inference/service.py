@@ -1,7 +1,7 @@
 """Chat: render the messages, have the sampler continue the token ids, read what it wrote.
 
-Does not cover: the wire (`schemas`, `answer`, `stream`). Rendering and parsing are those of the rollouts, so that a model is
-served in the format it was trained in; the sampler never sees text.
+Does not cover: the wire (`schemas`, `answer`, `stream`). Rendering and parsing are those of the rollouts, so that a
+model is served in the format it was trained in; the sampler never sees text.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.core.errors import InvalidRequest, ServiceError, Unavailable
@@ -20,14 +18,8 @@ from app.inference.request import Ask
 from app.inference.resolution import Resolver, Target
 from app.inference.turns import Choice, read_turn
 from app.rendering.protocol import MessageNotRenderable
-from app.samplers.client import (
-    Completion,
-    CompletionRequest,
-    ModelNotServed,
-    SamplerError,
-    SamplerRejected,
-    SamplerUnavailable,
-)
+from app.samplers.client import Completion, CompletionRequest
+from app.samplers.errors import ModelNotServed, SamplerError, SamplerRejected, SamplerUnavailable
 from app.samplers.service import Lease, NoSampler, Samplers
 
 log = logging.getLogger(__name__)
@@ -89,7 +81,6 @@ class ChatService:
         gate: Gate | None = None,
         deadline_s: float = DEADLINE_S,
         sampler_wait_s: float = SAMPLER_WAIT_S,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._resolver = resolver
         self._samplers = samplers
@@ -97,7 +88,6 @@ class ChatService:
         self._gate = gate or Gate(IN_FLIGHT, QUEUE)
         self._deadline_s = deadline_s
         self._sampler_wait_s = sampler_wait_s
-        self._clock = clock
         self._holder = f"chat-{os.getpid()}-{new_id('')[:6]}"
 
     async def answer(self, project_id: str, ask: Ask) -> Answer:
@@ -105,7 +95,7 @@ class ChatService:
         try:
             async with asyncio.timeout(self._deadline_s), self._gate.enter():
                 prompt = await self._prepare(project_id, ask)
-                return await self._sample(prompt, self._clock() + self._deadline_s)
+                return await self._sample(prompt)
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"No answer within {self._deadline_s:.0f} s; ask for fewer tokens or choices."
@@ -125,15 +115,15 @@ class ChatService:
             raise _too_long(context, len(ids))
         return Prompt(ask, target, ids, min(ask.max_tokens or DEFAULT_MAX_TOKENS, room))
 
-    async def _sample(self, prompt: Prompt, until: float) -> Answer:
-        """A sampler that fails is tried once more: by then the next one, or the same one with the adapter loaded anew."""
+    async def _sample(self, prompt: Prompt) -> Answer:
+        """A sampler that fails is tried once more: by then it is another one, or has the adapter loaded anew."""
         target, failure = prompt.target, ""
         for _ in range(ATTEMPTS):
             try:
                 async with self._samplers.acquire(
                     target.base.id, target.adapter, self._holder, wait_s=self._sampler_wait_s
                 ) as lease:
-                    return await self._read(prompt, await self._complete_all(lease, prompt, until), lease)
+                    return await self._read(prompt, await self._complete_all(lease, prompt), lease)
             except NoSampler as error:  # the keeper has been asked for one
                 raise Unavailable(error.reason, retry_after_s=error.retry_after_s, code="no_sampler") from error
             except (SamplerUnavailable, ModelNotServed, Aborted) as error:
@@ -149,10 +139,10 @@ class ChatService:
             f"The sampler failed twice: {failure}", retry_after_s=RETRY_AFTER_S, code="sampler_unavailable"
         )
 
-    async def _complete_all(self, lease: Lease, prompt: Prompt, until: float) -> list[Completion]:
+    async def _complete_all(self, lease: Lease, prompt: Prompt) -> list[Completion]:
         """Each choice is a request of its own (the engine shares the prefix); one failure ends its siblings."""
         tasks = [
-            asyncio.ensure_future(lease.client.complete(self._request(lease, prompt, choice, until)))
+            asyncio.ensure_future(lease.client.complete(self._request(lease, prompt, choice)))
             for choice in range(prompt.ask.n)
         ]
         try:
@@ -167,7 +157,7 @@ class ChatService:
             raise Aborted("the engine aborted the request")
         return completions
 
-    def _request(self, lease: Lease, prompt: Prompt, choice: int, until: float) -> CompletionRequest:
+    def _request(self, lease: Lease, prompt: Prompt, choice: int) -> CompletionRequest:
         ask, renderer = prompt.ask, prompt.target.renderer
         ends = renderer.stop_strings(parallel=ask.parallel or ask.tools is None)
         return CompletionRequest(
@@ -182,7 +172,7 @@ class ChatService:
             seed=ask.sampling.seed_of(choice),
             stop_token_ids=renderer.stop_token_ids,
             stop=(*ask.stop, *ends),
-            timeout_s=max(until - self._clock(), 1.0),
+            timeout_s=self._deadline_s,  # the whole request has this one; whichever is sooner
         )
 
     async def _read(self, prompt: Prompt, completions: list[Completion], lease: Lease) -> Answer:
@@ -207,7 +197,7 @@ def _too_long(context: int, tokens: int) -> InvalidRequest:
 
 
 def _rejected(error: SamplerRejected) -> ServiceError:
-    """The sampler's 400 is the caller's only where it names something the caller sent; else it is ours (or NaN weights)."""
+    """The sampler's 400 is the caller's where it names a field of the caller; else it is ours, or NaN weights."""
     if error.param == "input_tokens":
         return InvalidRequest(str(error), param="messages", code="context_length_exceeded")
     if error.param in ("max_tokens", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"):

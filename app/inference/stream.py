@@ -38,7 +38,7 @@ def error_event(error: ServiceError) -> bytes:
 
 
 async def first_look(work: asyncio.Task[T], gone: Callable[[], Awaitable[object]], *, wait_s: float | None) -> bool:
-    """Wait for `work` at most `wait_s` (None: to its end); True when it is done. Raises ClientGone if `gone` comes first.
+    """Wait for `work` at most `wait_s` (None: to its end); True when it is done. Raises ClientGone.
 
     `gone` returns when the client has hung up. Whoever leaves here by an exception leaves no work behind.
     """
@@ -58,7 +58,7 @@ async def first_look(work: asyncio.Task[T], gone: Callable[[], Awaitable[object]
 async def events(
     work: asyncio.Task[T], chunks: Callable[[T], Iterable[Mapping[str, Any]]], *, keep_alive_s: float = KEEP_ALIVE_S
 ) -> AsyncIterator[bytes]:
-    """Comments until `work` is done, then its chunks and `[DONE]`. A failure becomes an error event and ends the stream.
+    """Comments until `work` is done, then its chunks and `[DONE]`; a failure is an error event and the end.
 
     Closing the iterator, as the server does when the client leaves, cancels the work.
     """

@@ -30,7 +30,7 @@ class Choice:
 
 
 def read_turn(renderer: ChatRenderer, ask: Ask, prompt_ids: list[int], completion: Completion) -> Choice:
-    """Parse the sampled ids. A call that is not valid stays in the content as written, so that nobody loses sight of it."""
+    """Parse the sampled ids. A call that is not valid stays in the content as written: nobody loses sight of it."""
     turn = renderer.parse(completion.token_ids, ask.tools, prompt_ids)
     valid = [call for call in turn.calls if call.error is None] if ask.tools else []
     shown = [call for call in turn.calls if call not in valid]
