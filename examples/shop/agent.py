@@ -1,7 +1,7 @@
 """Measure a model as its users would meet it: a tool loop over /v1/chat/completions, graded by the shop's own grader.
 
 Does not cover: training. The loop keeps the rules of the service's rollouts, so that both measure the same thing: a
-message without a readable call is the final answer; an unknown tool is answered with an error and the episode goes on.
+message without a readable call, or one that was cut off, is the last; an unknown tool is answered with an error.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Agent:
             episode.failed += unreadable
             episode.completion_tokens += completion.usage.completion_tokens if completion.usage else 0
             episode.written.append({"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})})
-            if not calls or turn + 1 == self._task.max_steps:
+            if not calls or choice.finish_reason == "length" or turn + 1 == self._task.max_steps:
                 break
             for call in calls:
                 self._answer(episode, call, trace_id)
@@ -170,7 +170,7 @@ class Agent:
             }
             output = str(self._shop.post(f"/tools/{function['name']}", body)["output"])
         else:
-            output = "error: 'unknown tool'"
+            output = f"error: unknown tool {function['name']!r}"
         episode.failed += output.startswith("error:")
         episode.results.append(output)
         episode.written.append({"role": "tool", "tool_call_id": call["id"], "content": output})

@@ -94,7 +94,7 @@ def test_an_unknown_tool_is_answered_with_an_error_and_the_episode_goes_on(task:
     item = task.valid[0]["item"]
     answer = f"The answer is {price(SALT, item)}."
     episode, _ = play(task, [("search", item)], [("lookup", item)], answer)
-    assert episode.written[1]["content"] == "error: 'unknown tool'"
+    assert episode.written[1]["content"] == "error: unknown tool 'search'"
     assert (episode.calls, episode.failed) == (2, 1)
     assert episode.reward == pytest.approx(0.9)
 
