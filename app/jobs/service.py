@@ -125,8 +125,6 @@ async def _check_file(session: AsyncSession, project_id: str, file_id: str, para
         raise InvalidRequest(
             f"{param}: file {file_id} has the purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param
         )
-    if file.status == "error":
-        raise InvalidRequest(f"{param}: file {file_id} cannot be used: {file.status_details}", param=param)
 
 
 async def view(session: AsyncSession, project_id: str, job_id: str) -> JobView:

@@ -1,7 +1,7 @@
 """The two files of a job against its request: every bad row by line and field, counts, duplicates (contract §6).
 
 Does not cover: who runs it and what becomes of the job (`validation_service`), a single row (`rows`). Pure but for the
-clock that it is given; it reads its lines as a stream and holds one row at a time.
+clock that it is given; it reads rows as a stream and holds one at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from app.jobs.dataset import BadLine, parse_line
+from app.files.jsonl import BadRow
 from app.jobs.rows import RowChecker, RowSpec
 
 MIN_TRAIN_ROWS, MAX_TRAIN_ROWS = 10, 50_000
@@ -64,26 +64,26 @@ class Refusal:
 
 
 def validate_rows(
-    lines: Iterable[tuple[int, bytes | None]], spec: RowSpec, *, late: Callable[[], bool] = lambda: False
+    rows: Iterable[tuple[int, dict[str, Any] | BadRow]], spec: RowSpec, *, late: Callable[[], bool] = lambda: False
 ) -> FileReport:
     """Check every row. Raises TooSlow as soon as `late()` says so."""
     checker = RowChecker(spec)
     problems: list[Problem] = []
     digests: dict[bytes, int] = {}
     n_rows = n_problems = bad_rows = 0
-    for number, line in lines:
+    for number, row in rows:
         if late():
             raise TooSlow
         n_rows += 1
-        found: list[tuple[str, str]]
-        try:
-            row = parse_line(line)
-        except BadLine as error:
-            found = [("", str(error))]
+        if isinstance(row, BadRow):
+            found = [("", row.reason)]
         else:
             found = list(checker.faults(row, number))
-            text = json.dumps(row, sort_keys=True, separators=(",", ":"))
-            digests.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), number)
+            try:
+                text = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+                digests.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), number)
+            except ValueError:  # Python reads them, but no tool could be sent this row
+                found.append(("", "holds a number beyond the range of a float, or half of a surrogate pair"))
         n_problems += len(found)
         bad_rows += bool(found)
         problems.extend(Problem(number, field, message) for field, message in found[: MAX_PROBLEMS - len(problems)])

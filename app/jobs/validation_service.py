@@ -15,10 +15,10 @@ from typing import Any
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.db.tables import Job
+from app.files import jsonl
 from app.files.storage import Storage
 from app.graders.schemas import parse_grader
 from app.jobs import events, leases
-from app.jobs.dataset import lines
 from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan, resolve
 from app.jobs.rows import RowSpec
@@ -68,12 +68,16 @@ def read_files(
     tools = frozenset(str(tool["name"]) for tool in reinforcement.get("tools", ()))
     spec = RowSpec(tools=tools, grader=parse_grader(reinforcement["grader"]))
     ends = time.monotonic() + deadline_s
+
+    def late() -> bool:
+        return stop.is_set() or time.monotonic() > ends
+
     valid_id = job.validation_file or ""
     reports: list[FileReport] = []
     for param, file_id in (("training_file", job.training_file), ("validation_file", valid_id)):
         try:
             with storage.open(file_id) as file:
-                reports.append(validate_rows(lines(file), spec, late=lambda: stop.is_set() or time.monotonic() > ends))
+                reports.append(validate_rows(jsonl.rows(file), spec, late=late))
         except (OSError, ValueError) as error:
             log.warning("job %s: cannot read %s: %s", job.id, file_id, error)
             return _refused(param, f"File {file_id} can no longer be read; upload it again")
