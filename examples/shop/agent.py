@@ -51,13 +51,14 @@ class Shop:
 
 @dataclass
 class Episode:
-    """One conversation, from the question to the last message. `failed` calls are unreadable, unknown or refused."""
+    """One conversation from the question to the last message. `calls` were answered, `refused` of them with an error."""
 
     row: Row
     written: list[Message] = field(default_factory=list)  # what followed the question
     results: list[str] = field(default_factory=list)
     calls: int = 0
-    failed: int = 0
+    refused: int = 0
+    unreadable: int = 0  # calls that were no JSON: nobody could answer them
     completion_tokens: int = 0
     reward: float = 0.0
 
@@ -137,9 +138,7 @@ class Agent:
             choice = completion.choices[0]
             text, calls = choice.message.content or "", [call.model_dump() for call in choice.message.tool_calls or []]
             asked += calls
-            unreadable = len((getattr(completion, "hone", None) or {}).get("invalid_calls", []))
-            episode.calls += len(calls) + unreadable
-            episode.failed += unreadable
+            episode.unreadable += len((getattr(completion, "hone", None) or {}).get("invalid_calls", []))
             episode.completion_tokens += completion.usage.completion_tokens if completion.usage else 0
             episode.written.append({"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})})
             if not calls or choice.finish_reason == "length" or turn + 1 == self._task.max_steps:
@@ -171,7 +170,8 @@ class Agent:
             output = str(self._shop.post(f"/tools/{function['name']}", body)["output"])
         else:
             output = f"error: unknown tool {function['name']!r}"
-        episode.failed += output.startswith("error:")
+        episode.calls += 1
+        episode.refused += output.startswith("error:")
         episode.results.append(output)
         episode.written.append({"role": "tool", "tool_call_id": call["id"], "content": output})
 
@@ -180,11 +180,13 @@ def summarise(episodes: Sequence[Episode]) -> Measured:
     """The table's numbers from at least two episodes."""
     rewards = [episode.reward for episode in episodes]
     calls = sum(episode.calls for episode in episodes)
+    unreadable = sum(episode.unreadable for episode in episodes)
+    refused = sum(episode.refused for episode in episodes)
     return Measured(
         reward_mean=statistics.fmean(rewards),
         reward_se=statistics.stdev(rewards) / math.sqrt(len(rewards)),
         tool_calls_mean=calls / len(episodes),
-        tool_error_rate=sum(episode.failed for episode in episodes) / max(1, calls),
+        tool_error_rate=(unreadable + refused) / max(1, calls + unreadable),
         invented_rate=statistics.fmean(episode.invented for episode in episodes),
         completion_tokens_mean=statistics.fmean(episode.completion_tokens for episode in episodes),
         n=len(episodes),

@@ -67,7 +67,7 @@ def create_app(salt: str, token: str) -> FastAPI:
         }
 
     @app.post("/grade", dependencies=[Depends(authorised)])
-    async def grade(request: GradeRequest) -> dict[str, float]:
+    async def grade(request: GradeRequest) -> dict[str, Any]:
         return score(salt, request.sample, request.item)
 
     return app
@@ -98,7 +98,7 @@ def read_object(arguments: Any) -> dict[str, Any] | None:
     return arguments if isinstance(arguments, dict) else None
 
 
-def score(salt: str, sample: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
+def score(salt: str, sample: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """0.2 for a valid call, 0.3 for the right argument, 0.5 for the exact answer, −0.1 a call over the budget, or 0.
 
     The parts start the climb: at first few answers are exact, but most groups differ in the parts. With several items
@@ -116,13 +116,8 @@ def score(salt: str, sample: Mapping[str, Any], row: Mapping[str, Any]) -> dict[
     exact = float(numbers[-len(prices) :] == prices and not cut_off(sample))
     extra = float(max(0, len(calls) - len(wanted)))
     total = max(0.0, 0.2 * valid + 0.3 * right + 0.5 * exact - 0.1 * extra)
-    return {
-        "score": round(total, 6),
-        "valid_call": valid,
-        "right_item": right,
-        "exact_answer": exact,
-        "extra_calls": extra,
-    }
+    parts = {"valid_call": valid, "right_item": right, "exact_answer": exact, "extra_calls": extra}
+    return {"score": round(total, 6), "scores": parts}
 
 
 def cut_off(sample: Mapping[str, Any]) -> bool:

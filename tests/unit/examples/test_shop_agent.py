@@ -70,7 +70,7 @@ def task() -> Task:
 def test_a_looked_up_price_earns_the_full_reward(task: Task) -> None:
     item = task.valid[0]["item"]
     episode, client = play(task, [("lookup", item)], f"The answer is {price(SALT, item)}.")
-    assert (episode.reward, episode.calls, episode.failed, episode.invented) == (1.0, 1, 0, False)
+    assert (episode.reward, episode.calls, episode.refused, episode.invented) == (1.0, 1, 0, False)
     assert episode.completion_tokens == 20
     assert client.asked[1]["messages"][-1] == {
         "role": "tool",
@@ -86,7 +86,8 @@ def test_a_price_no_tool_returned_is_invented(task: Task) -> None:
 
 def test_an_unreadable_call_ends_the_episode_and_counts_as_invalid(task: Task) -> None:
     episode, client = play(task, '<tool_call>{"name": "lookup", "arguments": {"item"}}</tool_call>')
-    assert (episode.reward, episode.calls, episode.failed) == (0.0, 1, 1)
+    assert (episode.reward, episode.calls, episode.unreadable) == (0.0, 0, 1)
+    assert summarise([episode, episode]).tool_error_rate == 1.0
     assert len(client.asked) == 1
 
 
@@ -95,7 +96,7 @@ def test_an_unknown_tool_is_answered_with_an_error_and_the_episode_goes_on(task:
     answer = f"The answer is {price(SALT, item)}."
     episode, _ = play(task, [("search", item)], [("lookup", item)], answer)
     assert episode.written[1]["content"] == "error: unknown tool 'search'"
-    assert (episode.calls, episode.failed) == (2, 1)
+    assert (episode.calls, episode.refused) == (2, 1)
     assert episode.reward == pytest.approx(0.9)
 
 

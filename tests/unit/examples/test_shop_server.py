@@ -73,10 +73,7 @@ def test_a_grade_is_a_score_with_its_parts(shop: TestClient) -> None:
     body = {"sample": sample(f"The answer is {PRICE}.", "red lamp"), "item": ROW, "trace_id": "trace_1"}
     assert shop.post("/grade", json=body).json() == {
         "score": 1.0,
-        "valid_call": 1.0,
-        "right_item": 1.0,
-        "exact_answer": 1.0,
-        "extra_calls": 0.0,
+        "scores": {"valid_call": 1.0, "right_item": 1.0, "exact_answer": 1.0, "extra_calls": 0.0},
     }
 
 
@@ -103,7 +100,7 @@ def test_the_score_adds_up(episode: dict[str, Any], expected: float) -> None:
 
 def test_unreadable_arguments_are_no_valid_call() -> None:
     broken = {"function": {"name": "lookup", "arguments": '{"item": '}}
-    assert score(SALT, {"output_text": "", "output_tools": [broken]}, ROW)["valid_call"] == 0.0
+    assert score(SALT, {"output_text": "", "output_tools": [broken]}, ROW)["scores"]["valid_call"] == 0.0
 
 
 def test_a_pair_needs_both_prices_in_order_and_may_call_twice() -> None:
