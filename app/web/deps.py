@@ -98,12 +98,12 @@ async def caller(
     return found
 
 
-def page(default: int = 20, maximum: int = MAX_PAGE) -> Any:
+def page(default: int = 20) -> Any:
     """The dependency that reads `after` and `limit`: `Annotated[PageQuery, page(10)]`."""
 
     def read(
         after: Annotated[str | None, Query(description="Id of the last item of the previous page.")] = None,
-        limit: Annotated[int, Query(ge=1, le=maximum, description="Most items to return.")] = default,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items to return.")] = default,
     ) -> PageQuery:
         return PageQuery(after, limit)
 
