@@ -1,7 +1,8 @@
 """Tiny random models for the whole test suite: made offline in about a second, seeded, registered in the catalogue.
 
-Does not cover: a model that can do anything. `make_tiny_llama` is a Llama with ChatML tokens and the renderer `hermes`;
-`make_tiny_qwen3` a Qwen3 (q/k norm) with Qwen's tokens and the renderer `qwen3`. Weights are fp32, about 0.2 M parameters.
+Does not cover: a model that can do anything. `make_tiny_llama` is a Llama with ChatML tokens and the renderer
+`hermes`; `make_tiny_qwen3` a Qwen3 (q/k norm) with Qwen's tokens and the renderer `qwen3`. Weights are fp32, about
+0.1 M parameters. The `weightless` makers write the same text side without torch.
 Make one per session: `make_tiny_llama(models_dir / "tiny-llama")`, then `Catalogue(models_dir).get("tiny-llama")`.
 """
 
@@ -11,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from app.models.catalogue import ALL_LINEAR, BaseModel
@@ -24,9 +26,9 @@ QWEN_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>
 _CORPUS = [
     "Answer with the tools. How much is the brown hat? What does the pink scarf cost? The answer is 84.",
     "system user assistant tool role content name arguments description parameters properties required",
-    '<tools>\n{"type": "function", "function": {"name": "lookup", "description": "Get the price of an item in dollars.", '
-    '"parameters": {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}}}\n</tools>\n'
-    'To call a tool, write <tool_call>{"name": "<tool>", "arguments": {<args>}}</tool_call>.',
+    '<tools>\n{"type": "function", "function": {"name": "lookup", "description": "Get the price of an item in '
+    'dollars.", "parameters": {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]}}}\n'
+    '</tools>\nTo call a tool, write <tool_call>{"name": "<tool>", "arguments": {<args>}}</tool_call>.',
     '<tool_call>{"name": "lookup", "arguments": {"item": "brown hat"}}</tool_call><tool_response>31</tool_response>',
     "You may call one or more functions to assist with the user query. For each function call, return a json object.",
 ]
@@ -52,21 +54,36 @@ def make_tiny_llama(directory: Path, *, seed: int = 0, **config: Any) -> BaseMod
     """Write the model into `directory` (its name is the model id). `config` overrides the shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _tokenizer()
-    _write(directory, tokenizer, LlamaForCausalLM, LlamaConfig, seed, config)
-    return _card(directory, "hermes")
+    _write_weights(directory, _tokenizer(), LlamaForCausalLM, LlamaConfig, seed, config)
+    return _finish(directory, _tokenizer(), "hermes")
 
 
 def make_tiny_qwen3(directory: Path, *, seed: int = 0, **config: Any) -> BaseModel:
     """As `make_tiny_llama`, with Qwen3's architecture, tags and tool format."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    _write_weights(directory, _qwen3_tokenizer(), Qwen3ForCausalLM, Qwen3Config, seed, config)
+    return _finish(directory, _qwen3_tokenizer(), "qwen3")
+
+
+def make_weightless_llama(directory: Path) -> BaseModel:
+    """The tiny Llama's text side under an empty weight file: for tests that render and never sample. No torch."""
+    _write_empty(directory, "llama")
+    return _finish(directory, _tokenizer(), "hermes")
+
+
+def make_weightless_qwen3(directory: Path) -> BaseModel:
+    """As `make_weightless_llama`, for the tiny Qwen3."""
+    _write_empty(directory, "qwen3")
+    return _finish(directory, _qwen3_tokenizer(), "qwen3")
+
+
+def _qwen3_tokenizer() -> Tokenizer:
     tokenizer = _tokenizer()
     tokenizer.normalizer = normalizers.NFC()
     # As in the real vocabulary: the tags are single tokens, but not special ones.
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in QWEN_TAGS])
-    _write(directory, tokenizer, Qwen3ForCausalLM, Qwen3Config, seed, config)
-    return _card(directory, "qwen3")
+    return tokenizer
 
 
 def _tokenizer() -> Tokenizer:
@@ -83,7 +100,7 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _write(
+def _write_weights(
     directory: Path, tokenizer: Tokenizer, model_class: Any, config_class: Any, seed: int, config: dict[str, Any]
 ) -> None:
     import torch
@@ -102,23 +119,26 @@ def _write(
         torch.manual_seed(seed)
         model = model_class(config_class(**shape))
     model.save_pretrained(directory)
+
+
+def _write_empty(directory: Path, model_type: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": model_type, "max_position_embeddings": CONTEXT}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({}, directory / "model.safetensors")
+
+
+def _finish(directory: Path, tokenizer: Tokenizer, renderer: str) -> BaseModel:
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": "<|im_start|>",
-                "eos_token": "<|im_end|>",
-                "pad_token": "<|im_end|>",
-                "model_max_length": CONTEXT,
-                "chat_template": _CHATML,
-            }
-        ),
-        encoding="utf-8",
-    )
-
-
-def _card(directory: Path, renderer: str) -> BaseModel:
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "model_max_length": CONTEXT,
+        "chat_template": _CHATML,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     model = BaseModel(
         id=directory.name,
         path=directory.resolve(),

