@@ -176,10 +176,10 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
 
     def _set_checkpointing(self, wanted: bool) -> None:
         model = self.accelerator.unwrap_model(self.model).get_base_model()
-        if wanted and not model.is_gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif model.is_gradient_checkpointing and not wanted:
-            model.gradient_checkpointing_disable()
+        if wanted and not model.is_activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        elif model.is_activation_checkpointing and not wanted:
+            model.activation_checkpointing_disable()
 
 
 def make_optimizer(
