@@ -1,0 +1,145 @@
+"""A new job's files are read under a lease: queued with a plan, or failed with every bad row. Real files, no HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.db.tables import DEFAULT_PROJECT, Event, Job
+from app.jobs import leases, service
+from app.jobs.plan import Plan
+from app.jobs.validation_service import validate_job
+from app.models.catalogue import BaseModel, Catalogue
+from tests.db.rows import Seed, dataset
+
+MODEL = BaseModel(
+    id="tiny",
+    path=Path("/models/tiny"),
+    renderer="hermes",
+    context=2048,
+    lora_targets=("q_proj",),
+    base_learning_rate=1e-4,
+    lora_rank=8,
+    licence="Apache-2.0",
+    hub_id=None,
+    created=0,
+)
+
+
+class OneModel(Catalogue):
+    def get(self, model_id: str) -> BaseModel:
+        return MODEL
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Catalogue:
+    return OneModel(tmp_path)
+
+
+async def after(database: Database, job_id: str) -> tuple[Job, list[Event]]:
+    async with database.read() as session:
+        job = (await service.view(session, DEFAULT_PROJECT, job_id)).job
+        page = await service.list_events(session, DEFAULT_PROJECT, job_id, after=None, limit=100, ascending=True)
+    return job, list(page.items)
+
+
+async def test_right_files_queue_the_job_with_its_plan(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    train, valid = await seed.file(dataset(16)), await seed.file(dataset(4, start=100))
+    job_id = await seed.job(training_file=train, validation_file=valid)
+    await validate_job(database, settings, catalogue, job_id, "runner")
+    job, story = await after(database, job_id)
+    assert job.status == "queued"
+    assert job.error is None
+    plan = Plan.from_dict(job.plan or {})
+    assert (plan.train_rows, plan.valid_rows, plan.seed) == (16, 4, 7)
+    assert job.total_steps == plan.total_steps
+    assert [event.message for event in story] == [
+        f"Validating training file: {train} and validation file: {valid}",
+        "Files validated, moving job to queued state",
+    ]
+
+
+async def test_bad_rows_fail_the_job_and_stand_in_one_event(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    train = await seed.file(dataset(12) + b'\nnonsense\n{"answer": "1"}')
+    job_id = await seed.job(training_file=train, validation_file=await seed.file(dataset(4)))
+    await validate_job(database, settings, catalogue, job_id, "runner")
+    job, story = await after(database, job_id)
+    assert job.status == "failed"
+    assert job.finished_at is not None
+    assert job.error is not None
+    assert job.error["code"] == "invalid_training_file"
+    assert job.error["param"] == "training_file"
+    assert story[-1].level == "error"
+    assert story[-1].data is not None
+    assert [(p["row"], p["field"]) for p in story[-1].data["problems"]] == [(13, None), (14, "messages")]
+
+
+async def test_too_few_rows_fail_the_job(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    job_id = await seed.job(training_file=await seed.file(dataset(9)), validation_file=await seed.file(dataset(4)))
+    await validate_job(database, settings, catalogue, job_id, "runner")
+    job, _ = await after(database, job_id)
+    assert job.error == {
+        "code": "invalid_n_examples",
+        "message": "Training file has 9 example(s), must have at least 10",
+        "param": "training_file",
+    }
+
+
+async def test_a_file_that_is_gone_fails_the_job(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    job_id = await seed.job(training_file=await seed.file(dataset(10)), validation_file="file-missing")
+    await validate_job(database, settings, catalogue, job_id, "runner")
+    job, _ = await after(database, job_id)
+    assert job.error is not None
+    assert job.error["code"] == "invalid_validation_file"
+
+
+async def test_rows_in_both_files_are_a_warning(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    job_id = await seed.job(training_file=await seed.file(dataset(10)), validation_file=await seed.file(dataset(4)))
+    await validate_job(database, settings, catalogue, job_id, "runner")
+    job, story = await after(database, job_id)
+    assert job.status == "queued"
+    assert story[-2].level == "warn"
+    assert story[-2].message.startswith("4 of 4 validation rows")
+
+
+async def test_a_job_that_someone_else_reads_is_left_alone(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    job_id = await seed.job()
+    async with database.begin() as session:
+        await leases.claim_validation(session, job_id, "other")
+    await validate_job(database, settings, catalogue, job_id, "runner")
+    job, story = await after(database, job_id)
+    assert (job.status, job.lease_owner, story) == ("validating_files", "other", [])
+
+
+async def test_a_job_cancelled_while_it_is_read_stays_cancelled(
+    database: Database, settings: Settings, seed: Seed, tmp_path: Path
+) -> None:
+    job_id = await seed.job(training_file=await seed.file(dataset(10)), validation_file=await seed.file(dataset(4)))
+
+    class CancelsFirst(Catalogue):
+        def get(self, model_id: str) -> BaseModel:
+            import sqlite3
+
+            with sqlite3.connect(settings.root / "hone.db", timeout=10) as connection:
+                connection.execute("UPDATE jobs SET status = 'cancelled', attempt = 1, lease_owner = NULL")
+            connection.close()
+            return MODEL
+
+    await validate_job(database, settings, CancelsFirst(tmp_path), job_id, "runner")
+    job, _ = await after(database, job_id)
+    assert (job.status, job.plan) == ("cancelled", None)
