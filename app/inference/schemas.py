@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -40,6 +41,15 @@ def _join_text_parts(content: Any) -> Any:
     return "".join(texts)
 
 
+def _unicode(text: str) -> str:
+    """JSON escapes can spell half a character, which neither a database nor an answer can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not Unicode text") from None
+    return text
+
+
 def _one_or_many(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
@@ -59,8 +69,9 @@ _TEXT_OR_PARTS = {
     ]
 }
 Text = Annotated[str | None, BeforeValidator(_join_text_parts), WithJsonSchema(_TEXT_OR_PARTS)]
+Unicode = Annotated[str, AfterValidator(_unicode)]
 Stops = Annotated[
-    Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
+    Annotated[list[Annotated[Unicode, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
     BeforeValidator(_one_or_many),
 ]
 
@@ -125,7 +136,7 @@ class StreamOptions(_Lenient):
 class ChatRequest(_Lenient):
     """`top_k`, `min_p` and `repetition_penalty` are extras: the SDK sends them through `extra_body`."""
 
-    model: str = Field(description="A base model, a fine-tuned model `ft:…`, or a checkpoint.")
+    model: Unicode = Field(description="A base model, a fine-tuned model `ft:…`, or a checkpoint.")
     messages: list[ChatMessage] = Field(min_length=1)
     tools: list[ToolSpec] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto"] | None = None

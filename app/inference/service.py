@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE_S = 600.0  # the SDK's own patience
 DEFAULT_MAX_TOKENS = 1024
-SAMPLER_WAIT_S = 5.0
+SAMPLER_WAIT_S = 2.0  # bridges the restart of an engine that was warm; a cold start is the client's to wait for
 RETRY_AFTER_S = 5.0
 ATTEMPTS = 2
 IN_FLIGHT = 256
@@ -107,8 +107,6 @@ class ChatService:
             ids = await asyncio.to_thread(target.renderer.prompt, ask.messages, ask.tools)
         except MessageNotRenderable as error:
             raise InvalidRequest(error.reason, param=error.param) from error
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"The request holds text that is not Unicode: {error.reason}.") from error
         context = min(target.base.context, self._max_model_len)
         room = context - len(ids)
         if room < 1:
