@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 
 
-def watch(descriptor: int, on_eof: Callable[[], None]) -> threading.Thread:
+def watch(descriptor: int, on_eof: Callable[[], object]) -> threading.Thread:
     """Call `on_eof` from a daemon thread once the other end of `descriptor` is closed."""
 
     def wait() -> None:

@@ -1,7 +1,7 @@
 """The embedded runner: polls for jobs, reads their files, starts one supervisor process per job.
 
-Does not cover: running a job (`workers.supervisor`). The production set-up replaces this door by a Celery task; both lead
-to the same room, because the supervisor itself wins or loses the claim.
+Does not cover: running a job (`workers.supervisor`). The production set-up replaces this door by a Celery task; both
+lead to the same room, because the supervisor itself wins or loses the claim.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import signal
 import sys
 import time
 
-from app.jobs.validation_service import validate_job
-
 from app.core import logging as hone_logging
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.jobs import leases, reconcile
+from app.jobs.validation_service import validate_job
 from app.models.catalogue import Catalogue
 from workers import leash
 from workers.presence import Presence

@@ -2,7 +2,7 @@
 
 Does not cover: how the descriptors are opened and what happens at end-of-file — see `workers.process` (supervisor side)
 and `workers.trainer.pipe` (trainer side). Bulk data never travels here: a batch is a file (`workers.batch`), and the
-message carries its path and digest. A line is at most 64 KiB (design §6.4); stdout is never used because libraries print.
+message carries its path and digest. A line is at most 64 KiB (design §6.4); stdout is never used: libraries print.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workers import messages
 from workers.messages import Failed, Progress, Ready, Start, Step, StepDone, Stop
-from workers.process import FD, Child, log_tail, spawn
+from workers.process import FD, Child, kill_group, log_tail, spawn
 
 
 class TrainerDied(Exception):
@@ -91,8 +91,13 @@ class TrainerLink:
             await asyncio.to_thread(self._child.process.wait, grace_s)
         self.kill()
 
+    def kill_group(self) -> None:
+        """SIGKILL to the whole group and nothing else: the one call that another thread may make."""
+        if self._child is not None:
+            kill_group(self._child.pid)
+
     def kill(self) -> None:
-        """SIGKILL to the whole group, at once."""
+        """SIGKILL to the whole group, reap, close the pipes."""
         if self._child is not None:
             self._child.kill()
         if self._transport is not None:

@@ -162,6 +162,11 @@ async def fenced(session: AsyncSession, fence: Fence, **values: Any) -> None:
         raise LeaseLost(fence.job_id)
 
 
+async def crash_count(session: AsyncSession, fence: Fence) -> int:
+    """Crashes since the last finished step."""
+    return await session.scalar(select(Job.crashes).where(Job.id == fence.job_id)) or 0
+
+
 async def release(session: AsyncSession, fence: Fence, *, reason: str, crashes: int | None = None) -> None:
     """running → queued: another worker goes on from the last snapshot. `crashes` sets the crash count."""
     state.check(JobStatus.RUNNING, JobStatus.QUEUED, state.Actor.WORKER)

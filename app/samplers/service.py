@@ -17,7 +17,8 @@ from app.core.settings import Settings
 from app.db.engine import Database
 from app.net.clients import operator_client
 from app.samplers import repository
-from app.samplers.client import SamplerClient, SamplerError, SamplerRejected
+from app.samplers.client import SamplerClient
+from app.samplers.errors import SamplerRejected
 
 log = logging.getLogger(__name__)
 
@@ -183,4 +184,4 @@ async def load(client: SamplerClient, adapter: Adapter) -> None:
             raise
 
 
-__all__ = ["Adapter", "Lease", "LiveSampler", "NoSampler", "SamplerError", "Samplers", "load"]
+__all__ = ["Adapter", "Lease", "LiveSampler", "NoSampler", "Samplers", "load"]

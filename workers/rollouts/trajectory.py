@@ -24,7 +24,8 @@ from app.graders.base import Grade, Grader, GraderFailed, InvalidScore
 from app.graders.sample import sample_of_messages
 from app.net.clients import HttpClient
 from app.rendering.protocol import ChatRenderer, ParsedCall, ParsedTurn, RenderingError
-from app.samplers.client import Completion, SamplerError
+from app.samplers.client import Completion
+from app.samplers.errors import SamplerError
 from app.tools.http import CallContext, FunctionCall, ToolEndpoint, ToolFailed, call_tool
 from workers.rollouts.types import Ended, Limits, RolloutKey, Row, StopReason, ToolRecord, Trajectory
 

@@ -1,6 +1,6 @@
 """The keeper: runs one sampler per wanted base model on this host, restarts it, and keeps its row fresh.
 
-Does not cover: which adapters a sampler holds — its users load and pin them (`app.samplers.service`, `workers.sampler.policy`).
+Does not cover: which adapters a sampler holds: its users load and pin them (`app.samplers`, `workers.sampler.policy`).
 A sampler that already runs elsewhere (HONE_SAMPLER_URLS) is registered here too, but neither started nor stopped.
 """
 
@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.samplers.client import SamplerClient, SamplerError
 from sqlalchemy import select
 
 from app.core import logging as hone_logging
@@ -27,6 +26,8 @@ from app.db.tables import DEFAULT_PROJECT, Sampler
 from app.models.catalogue import BaseModel, Catalogue, UnknownModel
 from app.net.clients import operator_client
 from app.samplers import repository
+from app.samplers.client import SamplerClient
+from app.samplers.errors import SamplerError
 from workers import leash
 from workers.presence import Presence
 from workers.process import Child, log_tail, spawn_on_leash

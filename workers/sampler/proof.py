@@ -1,0 +1,67 @@
+"""Proof that the served policy is the trained one: canary log-probs of the sampler against the trainer's.
+
+Does not cover: telling version N from N-1 when the step is smaller than the precision resolves, which is a later gate;
+what this gate sees is a wrong or broken adapter, the base served in its place, or a wrong scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FP32_LIMIT = 1e-3  # mean |difference|; seen correct: 1e-5, seen wrong: 0.1
+BF16_LIMIT = 0.08  # seen correct: 0.031–0.056 over 256 tokens and more, seen wrong: 0.106–0.155
+
+
+class WrongPolicy(Exception):
+    """The sampler's log-probs are not the trainer's: this version must not be sampled from."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How near the sampler is to the trainer on the canary. `k3`: mean of exp(d) - 1 - d, d = sampler - trainer."""
+
+    tokens: int
+    mean_abs: float
+    max_abs: float
+    k3: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return math.isfinite(self.mean_abs) and self.mean_abs <= self.limit
+
+    def as_dict(self) -> dict[str, float | int | bool]:
+        return {
+            "tokens": self.tokens,
+            "mean_abs": self.mean_abs,
+            "max_abs": self.max_abs,
+            "k3": self.k3,
+            "limit": self.limit,
+            "holds": self.holds,
+        }
+
+
+def compare(served: Sequence[Sequence[float]], trained: Sequence[Sequence[float]], limit: float) -> Match:
+    """Both per canary sequence, from position 1 on."""
+    pairs = [
+        (a, b)
+        for served_row, trained_row in zip(served, trained, strict=True)
+        for a, b in zip(served_row, trained_row, strict=True)
+    ]
+    differences = [a - b for a, b in pairs]
+    return Match(
+        tokens=len(pairs),
+        mean_abs=math.fsum(abs(d) for d in differences) / len(pairs),
+        max_abs=max(abs(d) for d in differences),
+        k3=math.fsum(math.expm1(d) - d for d in differences) / len(pairs),
+        limit=limit,
+    )
+
+
+def limit_for(sampler_dtype: str, trainer_dtype: str, baseline: float | None) -> float:
+    """fp32 on both sides is exact; otherwise the band is at least twice what v0 showed on this model and host."""
+    if sampler_dtype == trainer_dtype == "float32":
+        return FP32_LIMIT
+    return max(BF16_LIMIT, 2 * (baseline or 0.0))

@@ -1,0 +1,184 @@
+"""What a run needs before its first rollout, read from the claimed job: plan, rows, renderer, endpoints, grader.
+
+Does not cover: the samplers and the trainer, which `workers.run` starts. What can be wrong here fails the job before
+anything is spent (design §4.8), as a `JobFailure` with a code and a path into the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.jobs.dataset import read_rows
+
+from app.core.errors import ServiceError
+from app.core.settings import Settings
+from app.db.tables import Job
+from app.files.storage import Storage
+from app.graders.base import Grader
+from app.graders.build import build_grader
+from app.graders.schemas import parse_grader
+from app.jobs.plan import Plan
+from app.models.catalogue import BaseModel, Catalogue, ModelError
+from app.net.clients import HttpClient, guarded_client
+from app.net.guard import EgressPolicy
+from app.rendering.protocol import ChatRenderer, RenderingError
+from app.rendering.registry import load_renderer
+from app.security.vault import load_vault
+from app.tools.http import EndpointUnreachable, ToolEndpoint, dial
+from app.tools.schemas import parse_tools
+from workers.rollouts.types import Limits, Row
+
+CANARY_SEQUENCES = 4
+CANARY_TOKENS = 192  # per sequence: together more than the 256 tokens that the proof's bands were measured on
+
+
+class JobFailure(Exception):
+    """The job cannot go on, for a reason its owner can act on; becomes `jobs.error`."""
+
+    def __init__(
+        self, code: str, message: str, param: str | None = None, detail: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that does not change while the job runs."""
+
+    job: Job
+    plan: Plan
+    model: BaseModel
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    renderer: ChatRenderer
+    http: HttpClient
+    endpoints: Mapping[str, ToolEndpoint]
+    grader: Grader
+    grader_urls: Mapping[str, str]  # param path → URL, for the dial
+    limits: Limits
+    canary: list[list[int]]
+
+
+async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Inputs:
+    """Read and check everything. Raises `JobFailure`."""
+    plan = Plan.from_dict(job.plan or {})
+    try:
+        model = Catalogue(settings.models_dir).get(job.model)
+    except ModelError as error:
+        raise JobFailure("model_not_found", str(error), "model") from error
+    vault = load_vault(settings.secret_key.get_secret_value() if settings.secret_key else None, settings.root)
+    reinforcement = vault.open_headers(job.method, job.id)["reinforcement"]
+    http = guarded_client(
+        EgressPolicy.parse(settings.egress_allow),
+        timeout_s=max(plan.tool_timeout_s, plan.grader_timeout_s),
+        max_connections=2 * settings.max_concurrent_rollouts,
+    )
+    try:
+        tools = parse_tools(reinforcement.get("tools") or [])
+        spec = parse_grader(reinforcement["grader"])
+    except ServiceError as error:
+        raise JobFailure("invalid_method", error.message, error.param) from error
+    storage = Storage(settings.files_dir)
+    loop = asyncio.get_running_loop()
+    train = await loop.run_in_executor(executor, _read_rows, storage, job.training_file)
+    valid = (
+        await loop.run_in_executor(executor, _read_rows, storage, job.validation_file) if job.validation_file else []
+    )
+    renderer = await loop.run_in_executor(executor, load_renderer, model)
+    context = min(model.context, settings.sampler_max_model_len)
+    for name, rows in (("training_file", train), ("validation_file", valid)):
+        await loop.run_in_executor(executor, _check_rendering, renderer, rows, context, name)
+    return Inputs(
+        job=job,
+        plan=plan,
+        model=model,
+        train=train,
+        valid=valid,
+        renderer=renderer,
+        http=http,
+        endpoints={t.name: ToolEndpoint(t.name, t.server_url, dict(t.headers)) for t in tools},
+        grader=build_grader(spec, http, timeout_s=plan.grader_timeout_s),
+        grader_urls=_urls(reinforcement["grader"], "method.reinforcement.grader"),
+        limits=Limits(
+            max_steps=plan.max_episode_steps,
+            max_tokens_per_turn=plan.max_tokens_per_turn,
+            max_tokens_per_episode=plan.max_tokens_per_episode,
+            context=context,
+            tool_timeout_s=plan.tool_timeout_s,
+            grader_timeout_s=plan.grader_timeout_s,
+            rollout_timeout_s=plan.rollout_timeout_s,
+        ),
+        canary=[
+            renderer.prompt(list(row.messages), list(row.tools) or None)[-CANARY_TOKENS:]
+            for row in train[:CANARY_SEQUENCES]
+        ],
+    )
+
+
+async def dial_endpoints(inputs: Inputs) -> None:
+    """Reach every tool and grader once, before the first rollout. Raises `JobFailure` naming URL and reason."""
+    targets = {f"method.reinforcement.tools ({e.name})": e.server_url for e in inputs.endpoints.values()}
+    targets |= inputs.grader_urls
+    by_url: dict[str, str] = {}
+    for param, url in targets.items():
+        by_url.setdefault(url, param)
+
+    async def one(url: str, param: str) -> None:
+        try:
+            await dial(inputs.http, url)
+        except EndpointUnreachable as error:
+            kind = "grader" if "grader" in param else "tool"
+            raise JobFailure(
+                f"{kind}_unreachable",
+                f"The {kind} endpoint {error.url} does not answer ({error.reason}). No rollout was started.",
+                param,
+                {"url": error.url, "reason": error.reason},
+            ) from error
+
+    await asyncio.gather(*(one(url, param) for url, param in by_url.items()))
+
+
+def write_canary(path: Path, canary: list[list[int]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(canary))
+    return str(path)
+
+
+def _read_rows(storage: Storage, file_id: str) -> list[Row]:
+    with storage.path(file_id).open("rb") as file:
+        return [Row(index, item) for index, item in enumerate(read_rows(file))]
+
+
+def _check_rendering(renderer: ChatRenderer, rows: Sequence[Row], context: int, param: str) -> None:
+    for row in rows:
+        try:
+            length = len(renderer.prompt(list(row.messages), list(row.tools) or None))
+        except RenderingError as error:
+            code = "invalid_training_file" if param == "training_file" else "invalid_validation_file"
+            raise JobFailure(code, f"row {row.index + 1}: {error}", param, {"row": row.index + 1}) from error
+        if length >= context:
+            code = "invalid_training_file" if param == "training_file" else "invalid_validation_file"
+            message = f"row {row.index + 1}: the prompt has {length} tokens; the model's context is {context}"
+            raise JobFailure(code, message, param, {"row": row.index + 1, "field": "messages"})
+
+
+def _urls(grader: Mapping[str, Any], where: str) -> dict[str, str]:
+    """URLs of all endpoint graders in a grader object, by path."""
+    if grader.get("type") == "endpoint":
+        return {f"{where}.url": str(grader["url"])}
+    found: dict[str, str] = {}
+    parts = grader.get("graders")
+    if isinstance(parts, Mapping):
+        for name, part in parts.items():
+            found |= _urls(part, f"{where}.graders.{name}")
+    return found

@@ -1,0 +1,134 @@
+"""The supervisor's process: `python -m workers.supervisor JOB` claims one job, runs it, and says how it ended.
+
+Does not cover: the run itself (`workers.run`). It holds the lease, obeys SIGTERM and its leash by putting the job back,
+and is the only writer of the run: a crash of the trainer costs at most the step it was in, within a crash budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import traceback
+
+from app.core import logging as hone_logging
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.jobs import leases
+from app.jobs.leases import Claim, LeaseLost
+from app.samplers.errors import SamplerError
+from workers import leash
+from workers.heartbeat import Heartbeat
+from workers.registry import Registry
+from workers.run import Run
+from workers.setup import JobFailure
+from workers.trainer_link import TrainerDied
+
+log = logging.getLogger("hone.supervisor")
+
+
+async def supervise(settings: Settings, job_id: str, leash_fd: int | None) -> int:
+    """Exit code: 0 the job ended or is somebody else's, 1 it was put back or failed by a crash."""
+    database = Database(settings.database)
+    try:
+        async with database.begin() as session:
+            claim = await leases.claim(
+                session,
+                job_id,
+                owner=f"{settings.hostname}:{os.getpid()}",
+                lease_s=settings.lease_seconds,
+                adapter_slots=settings.sampler_max_adapters,
+            )
+        if claim is None:
+            log.info("%s is not to be had", job_id)
+            return 0
+        log.info("claimed %s, attempt %d", job_id, claim.fence.attempt)
+        return await _run(settings, database, claim, leash_fd)
+    finally:
+        await database.close()
+
+
+async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: int | None) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    lost: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if leash_fd is not None:
+        leash.watch(leash_fd, lambda: loop.call_soon_threadsafe(stop.set))
+
+    def on_lost(reason: str) -> None:
+        # From the heartbeat's thread, perhaps with a hung loop: end the trainer here and now.
+        lost.append(reason)
+        run.trainer.kill_group()
+        loop.call_soon_threadsafe(stop.set)
+
+    heartbeat = Heartbeat(settings.database, claim.fence, settings.lease_seconds, on_lost)
+    run = Run(settings, database, claim, heartbeat.moved)
+    heartbeat.start()
+    work = asyncio.create_task(run.execute())
+    asked = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([work, asked], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        asked.cancel()
+        await run.close()
+        if lost:
+            log.warning("%s: %s", claim.job.id, lost[0])
+            return 0
+        return await _conclude(settings, database, claim, work)
+    except LeaseLost:
+        log.warning("%s belongs to somebody else now", claim.job.id)
+        return 0
+    finally:
+        heartbeat.stop()
+
+
+async def _conclude(settings: Settings, database: Database, claim: Claim, work: asyncio.Task[None]) -> int:
+    """Turn the way the run ended into the job's status. Raises `LeaseLost`."""
+    if work.cancelled():
+        async with database.begin() as session:
+            await leases.release(session, claim.fence, reason="The worker was asked to stop")
+        return 1
+    error = work.exception()
+    if error is None:
+        log.info("%s succeeded", claim.job.id)
+        return 0
+    if isinstance(error, LeaseLost):
+        raise error
+    registry = Registry(database, claim.fence)
+    if isinstance(error, JobFailure):
+        log.error("%s failed: %s", claim.job.id, error)
+        await registry.failed(error.code, error.message, error.param, error.detail)
+        return 0
+    detail = error.detail if isinstance(error, TrainerDied) else "".join(traceback.format_exception(error))[-4000:]
+    log.error("%s: %s\n%s", claim.job.id, error, detail)
+    async with database.begin() as session:
+        crashes = await leases.crash_count(session, claim.fence) + 1
+    expected = isinstance(error, TrainerDied | SamplerError)
+    what = str(error) if expected else f"The worker crashed ({type(error).__name__}: {error})"
+    if crashes >= settings.max_crashes:
+        message = f"{what}; {crashes} crashes without a finished step in between"
+        await registry.failed("worker_crashed", message, None, {"detail": detail})
+        return 1
+    async with database.begin() as session:
+        await leases.release(session, claim.fence, reason=what, crashes=crashes)
+    return 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="workers.supervisor")
+    parser.add_argument("job")
+    parser.add_argument("--leash-fd", type=int, default=None)
+    options = parser.parse_args()
+    hone_logging.configure()
+    return asyncio.run(supervise(Settings(), options.job, options.leash_fd))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
