@@ -51,7 +51,7 @@ class Shop:
 
 @dataclass
 class Episode:
-    """One conversation from the question to the last message. `calls` were answered, `refused` of them with an error."""
+    """One conversation from the question on. `calls` were answered, `refused` of them with an error."""
 
     row: Row
     written: list[Message] = field(default_factory=list)  # what followed the question
