@@ -1,0 +1,92 @@
+"""Requests that run together: they join and leave at any time, share prefixes, and a caller who goes frees the engine."""
+
+import asyncio
+import re
+import time
+from typing import Any
+
+import pytest
+
+from app.net.clients import HttpClient, TimeoutException
+from app.samplers.client import CompletionRequest, SamplerClient
+from tests.contract.sampler.servers import Target, teacher_forced
+
+
+async def metric(http: HttpClient, target: Target, name: str) -> float:
+    text = (await http.get(f"{target.url}/metrics")).text
+    found = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", text, re.MULTILINE)
+    return sum(float(v) for v in found)
+
+
+def long_request(target: Target, tokens: int = 400) -> dict[str, Any]:
+    return {"model": "base", "prompt": [1, 2, 3], "max_tokens": tokens, "ignore_eos": True, "return_token_ids": True}
+
+
+async def test_a_short_request_overtakes_a_long_one_that_started_before(
+    http: HttpClient, client: SamplerClient, target: Target
+) -> None:
+    long = asyncio.create_task(http.post(f"{target.url}/v1/completions", json=long_request(target)))
+    await asyncio.sleep(0.05)
+    await client.complete(CompletionRequest("base", [4, 5, 6], 3, timeout_s=30))
+    assert not long.done()
+    assert (await long).json()["usage"]["completion_tokens"] == 400
+
+
+async def test_a_client_that_goes_frees_the_engine(http: HttpClient, target: Target) -> None:
+    with pytest.raises(TimeoutException):
+        await http.post(f"{target.url}/v1/completions", json=long_request(target) | {"n": 4}, timeout=0.1)
+    deadline = time.monotonic() + 5
+    while await metric(http, target, "num_requests_running") and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    assert await metric(http, target, "num_requests_running") == 0
+    before = await metric(http, target, "generation_tokens_total")
+    await asyncio.sleep(0.2)
+    assert await metric(http, target, "generation_tokens_total") == before
+
+
+async def test_many_that_share_a_prefix_each_get_their_own_log_probs(client: SamplerClient, reference: Any) -> None:
+    shared = [(13 * i + 1) % 250 for i in range(150)]
+    prompts = [shared + [(i * 17 + j) % 250 for j in range(5 + 9 * (i % 5))] for i in range(20)]
+    prompts += [shared[:70] + [9, 8, 7, i] for i in range(4)] + [[i, 3] for i in range(3)]
+    done = await asyncio.gather(
+        *(client.complete(CompletionRequest("base", p, 10 + i, timeout_s=60)) for i, p in enumerate(prompts))
+    )
+    for prompt, d in zip(prompts, done, strict=True):
+        expected = teacher_forced(reference, [*prompt, *d.token_ids])[len(prompt) - 1 :]
+        assert d.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_the_next_turn_of_an_episode_computes_only_what_is_new(
+    http: HttpClient, client: SamplerClient, target: Target, reference: Any
+) -> None:
+    first = [(29 * i + 7) % 250 for i in range(200)]
+    one = await client.complete(CompletionRequest("base", first, 40, timeout_s=30))
+    before = await metric(http, target, "prefix_cache_hits_total")
+    second = [*first, *one.token_ids, 31, 32, 33]
+    two = await client.complete(CompletionRequest("base", second, 10, timeout_s=30))
+    hits = await metric(http, target, "prefix_cache_hits_total") - before
+    assert hits >= len(second) - 3 - 1 - 16  # vLLM caches whole blocks of 16
+    expected = teacher_forced(reference, [*second, *two.token_ids])[len(second) - 1 :]
+    assert two.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_episodes_of_several_turns_at_once_stay_exact(client: SamplerClient, reference: Any) -> None:
+    async def episode(i: int) -> list[tuple[list[int], Any]]:
+        ids = [(5 * j + 2) % 250 for j in range(90)] + [i, i + 1, i // 4]
+        turns = []
+        for turn in range(3):
+            done = await client.complete(CompletionRequest("base", ids, 6 + (i * 7 + turn) % 13, timeout_s=60))
+            turns.append((ids, done))
+            ids = [*ids, *done.token_ids, 100 + turn, 101, 102 + i]
+        return turns
+
+    for turns in await asyncio.gather(*(episode(i) for i in range(16))):
+        for ids, done in turns:
+            expected = teacher_forced(reference, [*ids, *done.token_ids])[len(ids) - 1 :]
+            assert done.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_counters_of_the_engine_are_readable(http: HttpClient, client: SamplerClient, target: Target) -> None:
+    before = await metric(http, target, "generation_tokens_total")
+    done = await client.complete(CompletionRequest("base", [7, 8], 9, timeout_s=30))
+    assert await metric(http, target, "generation_tokens_total") - before == len(done.token_ids)

@@ -1,0 +1,282 @@
+"""The engine's thread: takes requests at any time, gives each weight version with work one step in turn.
+
+Also keeps the table of adapter names. A request is bound to its version when it is submitted; unloading only removes the
+name, the weights go when their last request has finished.
+Does not cover: HTTP (`server`), batching inside a version (`lane`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from workers.sampler.builtin.adapters import merge_adapter
+from workers.sampler.builtin.generation import (
+    AdapterRefused,
+    EngineFault,
+    Generation,
+    Outcome,
+    RequestRefused,
+)
+from workers.sampler.builtin.lane import Lane, Running
+from workers.sampler.builtin.model import LoadedModel, ServedWeights
+from workers.sampler.builtin.text import Decoder, StopStrings
+
+log = logging.getLogger(__name__)
+Finish = Callable[[Outcome | EngineFault], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_adapters: int
+    max_rank: int
+    max_rows: int = 256  # sequences of one version that run at once
+    max_waiting: int = 4096
+    cache_tokens: int = 65536  # finished text kept for reuse, all versions together
+    running_tokens: int = 65536  # what the running sequences of one version may come to hold
+
+
+@dataclass(eq=False)
+class Version:
+    name: str
+    root: str
+    weights: ServedWeights
+    lane: Lane
+    users: int = 0
+    last_turn: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    version: Version
+    row: Running
+
+
+@dataclass
+class Counters:
+    generated: int = 0
+    prompt: int = 0
+    cached: int = 0
+    steps: int = 0
+
+
+@dataclass
+class _Inbox:
+    submitted: list[Ticket] = field(default_factory=list)
+    cancelled: list[Ticket] = field(default_factory=list)
+
+
+class Engine:
+    def __init__(self, model: LoadedModel, decoder: Decoder, base_name: str, limits: Limits) -> None:
+        self.model, self.base_name, self.limits = model, base_name, limits
+        self.counters = Counters()
+        self._decoder = decoder
+        self._wake = threading.Condition()
+        self._inbox = _Inbox()
+        self._dead: str | None = None
+        self._stopping = False
+        self._turn = 0
+        self._loading = threading.Lock()
+        base = self._version(base_name, str(model.path), model.base)
+        self._names: dict[str, Version] = {base_name: base}
+        self._unloaded: list[Version] = []  # nameless, with requests still running
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- from any thread ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+
+    @property
+    def healthy(self) -> bool:
+        return self._dead is None and self._thread.is_alive()
+
+    def adapters(self) -> list[Version]:
+        with self._wake:
+            return [v for v in self._names.values() if v.name != self.base_name]
+
+    def resolve(self, name: str) -> Version:
+        with self._wake:
+            version = self._names.get(name)
+        if version is None:
+            raise RequestRefused(404, f"The model `{name}` does not exist.", type="NotFoundError", param="model")
+        return version
+
+    def submit(self, version: Version, generation: Generation, finish: Finish) -> Ticket:
+        """Queue one sequence; `finish` is called once from the engine's thread, unless the ticket is cancelled."""
+        stops = StopStrings(self._decoder, generation.stop) if generation.stop else None
+        row = Running(generation, finish, stops)
+        ticket = Ticket(version, row)
+        with self._wake:
+            if self._dead is not None:
+                raise EngineFault(self._dead)
+            if self.waiting >= self.limits.max_waiting:
+                raise RequestRefused(503, "the queue is full", type="ServiceUnavailableError")
+            version.users += 1
+            self._inbox.submitted.append(ticket)
+            self._wake.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop computing; does nothing to a ticket that has finished."""
+        with self._wake:
+            self._inbox.cancelled.append(ticket)
+            self._wake.notify()
+
+    @property
+    def running(self) -> int:
+        return sum(len(v.lane.rows) for v in self._versions())
+
+    @property
+    def waiting(self) -> int:
+        return len(self._inbox.submitted) + sum(len(v.lane.waiting) for v in self._versions())
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Merge and name a new version. Raises RequestRefused or AdapterRefused; takes a fraction of a second."""
+        with self._loading:
+            with self._wake:
+                self._sweep()
+                if not name or name in self._names:
+                    raise RequestRefused(
+                        400,
+                        f"The lora adapter '{name}' has already been loaded, or is no name.",
+                        type="InvalidUserInput",
+                        param="lora_name",
+                    )
+                live = len(self._names) - 1 + len(self._unloaded)
+                if live >= self.limits.max_adapters:
+                    raise RequestRefused(
+                        400,
+                        f"{live} adapter versions are live, --max-loras is {self.limits.max_adapters}: unload one first",
+                        param="lora_name",
+                    )
+            if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
+                raise RequestRefused(404, f"No adapter found for {path}", type="NotFoundError", param="lora_path")
+            self._require_memory()
+            with torch.inference_mode():
+                merged = merge_adapter(path, self.model.pristine, max_rank=self.limits.max_rank)
+                weights = self.model.with_weights(merged)
+            with self._wake:
+                self._names[name] = self._version(name, str(path), weights)
+
+    def unload_adapter(self, name: str) -> None:
+        with self._wake:
+            version = self._names.get(name)
+            if version is None or name == self.base_name:
+                raise RequestRefused(
+                    404, f"The lora adapter '{name}' cannot be found.", type="NotFoundError", param="lora_name"
+                )
+            del self._names[name]
+            self._unloaded.append(version)
+            self._sweep()
+
+    # --- inside -----------------------------------------------------------------------------------------------------------
+
+    def _version(self, name: str, root: str, weights: ServedWeights) -> Version:
+        m = self.model
+        with torch.inference_mode():
+            lane = Lane(
+                weights.module,
+                m.shape,
+                m.groups,
+                m.eos,
+                max_rows=self.limits.max_rows,
+                max_tokens=self.limits.running_tokens,
+            )
+        return Version(name, root, weights, lane)
+
+    def _versions(self) -> list[Version]:
+        return [*list(self._names.values()), *list(self._unloaded)]
+
+    def _sweep(self) -> None:
+        self._unloaded = [v for v in self._unloaded if v.users]
+
+    def _require_memory(self) -> None:
+        need = sum(w.numel() for w in self.model.pristine.values()) * (self.model.dtype.itemsize + 4)
+        free = _available_bytes()
+        if free is not None and free < need * 1.1:
+            raise AdapterRefused(
+                f"a merged copy needs {need >> 20} MiB while it is made, {free >> 20} MiB are free: unload a version first"
+            )
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    while not (self._stopping or self._inbox.submitted or self._inbox.cancelled or self._next()):
+                        self._wake.wait()
+                    if self._stopping:
+                        return
+                    inbox, self._inbox = self._inbox, _Inbox()
+                    for t in inbox.submitted:
+                        t.version.lane.waiting.append(t.row)
+                    for t in inbox.cancelled:
+                        if t.version.lane.cancel(t.row):
+                            t.version.users -= 1
+                    self._sweep()
+                    version = self._next()
+                if version is None:
+                    continue
+                try:
+                    self._step(version)
+                except Exception as error:  # the boundary of the thread: report, answer everyone, say 503 from now on
+                    log.exception("the engine failed")
+                    self._die(f"the engine failed: {error}")
+                    return
+
+    def _next(self) -> Version | None:
+        """The version with work whose last turn is longest ago."""
+        return min((v for v in self._versions() if v.lane.busy), key=lambda v: v.last_turn, default=None)
+
+    def _step(self, version: Version) -> None:
+        self._turn += 1
+        version.last_turn = self._turn
+        report = version.lane.step()
+        with self._wake:
+            version.users -= len(report.ended)
+        c = self.counters
+        c.steps += 1
+        c.generated += report.sampled
+        c.prompt += report.prompt
+        c.cached += report.cached
+        for row, result in report.ended:
+            row.finish(result)
+        self._trim_caches()
+
+    def _trim_caches(self) -> None:
+        """Keep the cache within its size, at the cost of the versions that ran longest ago."""
+        versions = sorted(self._versions(), key=lambda v: v.last_turn)
+        surplus = sum(v.lane.tree.tokens for v in versions) - self.limits.cache_tokens
+        for v in versions:
+            if surplus <= 0:
+                return
+            surplus -= v.lane.tree.evict(surplus)
+
+    def _die(self, reason: str) -> None:
+        with self._wake:
+            self._dead = reason
+            tickets, self._inbox = self._inbox.submitted, _Inbox()
+        for t in tickets:
+            t.row.finish(EngineFault(reason))
+        for v in self._versions():
+            v.lane.fail(EngineFault(reason))
+
+
+def _available_bytes() -> int | None:
+    """Free memory of this machine, or None where there is no /proc/meminfo."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

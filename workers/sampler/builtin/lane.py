@@ -1,0 +1,388 @@
+"""The sequences of one weight version: who is admitted, what one step computes, who is finished.
+
+A step is one forward pass over a flat row of tokens: one token of every decoding sequence plus prefill chunks up to a
+budget, so that a long prompt never holds the others up.
+Does not cover: whose turn it is among versions, and the thread (`engine`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.sampler.builtin import attention, sampling
+from workers.sampler.builtin.generation import EngineFault, Generation, Outcome
+from workers.sampler.builtin.kv import Ids, KVShape, PrefixTree, Segment, SlotPool, common_prefix
+from workers.sampler.builtin.text import StopStrings
+
+CHUNK_BUDGET = 512  # prefill tokens a step
+SCORE_BUDGET = 128  # scored prompt tokens a step: each needs a row of logits over the vocabulary
+ATTACH = 512  # rows x tokens from which attending a segment once beats copying it into every tail (0.1 us a token)
+DETACH = 128
+DEFER = 32  # tokens another prompt is about to put into the cache that are worth one step of waiting
+BLOCK = 16  # slots per tail call when lengths differ much
+
+
+@dataclass(eq=False)
+class Running:
+    """One sequence. `ids[:length]` is known text; keys and values exist for `ids[:computed]`."""
+
+    generation: Generation
+    finish: Callable[[Outcome | EngineFault], None]
+    stops: StopStrings | None
+    ids: Ids = field(init=False)
+    length: int = field(init=False)
+    rng: random.Random = field(init=False)
+    computed: int = 0
+    cached: int = 0
+    tail_start: int = 0
+    attached: tuple[Segment, ...] = ()
+    fresh: bool = True  # admitted, its cached tokens not yet in a slot
+    log_probs: list[float] = field(default_factory=list)
+    scores: list[tuple[float, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        prompt = self.generation.prompt
+        self.ids = np.zeros(len(prompt) + self.generation.max_tokens, np.int64)
+        self.ids[: len(prompt)] = prompt
+        self.length = len(prompt)
+        self.rng = random.Random(self.generation.seed)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.generation.prompt)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.computed < self.prompt_length
+
+    def outcome(self, reason: str, stop: int | str | None) -> Outcome:
+        g = self.generation
+        return Outcome(
+            self.ids[self.prompt_length : self.length].tolist(),
+            self.log_probs,
+            reason,
+            stop,
+            self.cached,
+            self.scores if g.score_prompt else None,
+        )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    sampled: int
+    ended: list[tuple[Running, Outcome | EngineFault]]  # for the engine to deliver
+    prompt: int  # prompt tokens of the sequences admitted in this step, and how many of them the cache had
+    cached: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    row: Running
+    slot: int
+    count: int
+
+
+class Lane:
+    def __init__(
+        self, module: Any, shape: KVShape, groups: int, eos: frozenset[int], *, max_rows: int, max_tokens: int
+    ) -> None:
+        """`max_tokens`: what all running sequences together may still hold; one sequence is always let in."""
+        self.tree = PrefixTree(shape)
+        self.waiting: deque[Running] = deque()
+        self.rows: list[Running] = []  # row i has slot i
+        self.pool: SlotPool | None = None
+        self._module, self._shape, self._groups, self._eos = module, shape, groups, eos
+        self._max_rows, self._max_tokens = max_rows, max_tokens
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.rows or self.waiting)
+
+    def cancel(self, row: Running) -> bool:
+        """False when the sequence had finished already."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.rows:
+            self._remove(self.rows.index(row))
+        else:
+            return False
+        return True
+
+    def fail(self, fault: EngineFault) -> None:
+        rows = [*self.rows, *self.waiting]
+        self.rows, self.pool = [], None
+        self.waiting.clear()
+        for row in rows:
+            row.finish(fault)
+
+    def step(self) -> StepReport:
+        """One forward pass."""
+        admitted = self._admit()
+        if admitted:
+            self._attach()
+        singles, chunks = self._choose()
+        work = singles + chunks
+        plan, ids, positions, wanted = self._plan(work, len(singles))
+        with attention.step(plan):
+            logits = self._module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted).logits[
+                0
+            ]
+        sampled, ended = self._advance(work, logits)
+        prompt = sum(r.prompt_length for r in admitted)
+        return StepReport(sampled, ended, prompt, sum(r.cached for r in admitted))
+
+    # --- admission ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Running]:
+        """Move waiting sequences into free slots, in order; one whose prompt is just being computed waits for it."""
+        held = sum(len(r.ids) - r.tail_start for r in self.rows)
+        admitted: list[Running] = []
+        passed: list[Running] = []
+        while self.waiting and len(self.rows) < self._max_rows:
+            row = self.waiting.popleft()
+            if row.generation.score_prompt:
+                path: list[Segment] = []
+            else:
+                path = self.tree.match(row.ids, row.prompt_length - 1)
+            row.computed = row.cached = path[-1].stop if path else 0
+            need = len(row.ids) - row.computed
+            if self.rows and held + need > self._max_tokens:
+                self.waiting.appendleft(row)
+                break
+            if self._worth_waiting(row):
+                passed.append(row)
+                continue
+            held += need
+            row.fresh = True
+            self.rows.append(row)
+            admitted.append(row)
+        self.waiting.extendleft(reversed(passed))
+        return admitted
+
+    def _worth_waiting(self, row: Running) -> bool:
+        if row.generation.score_prompt:
+            return False
+        prompt = row.ids[: row.prompt_length - 1]
+        return any(
+            common_prefix(other.ids[: other.prompt_length], prompt) - row.computed >= DEFER
+            for other in self.rows
+            if other.prefilling and not other.generation.score_prompt
+        )
+
+    def _attach(self) -> None:
+        """Decide anew which segments are attended in common, and bring every slot in line with that."""
+        paths = [[] if r.generation.score_prompt else self.tree.walk(r.ids, r.computed) for r in self.rows]
+        users = Counter(s for path in paths for s in path)
+        starts: list[int] = []
+        for row, path in zip(self.rows, paths, strict=True):
+            keep = 0
+            for i, s in enumerate(path):
+                least = DETACH if s.stop <= row.tail_start else ATTACH
+                if (users[s] - 1) * (s.stop - s.start) >= least:
+                    keep = i + 1
+            starts.append(keep)
+        pool = self._pool(
+            max(len(r.ids) - (p[k - 1].stop if k else 0) for r, p, k in zip(self.rows, paths, starts, strict=True))
+        )
+        for slot, (row, path, keep) in enumerate(zip(self.rows, paths, starts, strict=True)):
+            start = path[keep - 1].stop if keep else 0
+            if row.fresh:
+                pool.fill(slot, start, path[keep:])
+                row.fresh = False
+            elif start != row.tail_start:
+                pool.shift(slot, row.tail_start - start, row.computed - row.tail_start)
+                if start < row.tail_start:
+                    pool.fill(slot, start, row.attached)
+            row.attached, row.tail_start = tuple(path[:keep]), start
+
+    def _pool(self, capacity: int) -> SlotPool:
+        if self.pool is None:
+            self.pool = SlotPool(self._shape)
+        self.pool.fit(len(self.rows), capacity, len(self.rows))
+        return self.pool
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> tuple[list[_Work], list[_Work]]:
+        """Single-token rows first, in slot order, then the chunks."""
+        singles: list[_Work] = []
+        chunks: list[_Work] = []
+        budget, scoring = CHUNK_BUDGET, SCORE_BUDGET
+        for slot, row in enumerate(self.rows):
+            left = row.length - row.computed
+            if row.generation.score_prompt and row.prefilling:
+                count = min(left, scoring)
+                scoring -= count
+            elif left == 1:
+                singles.append(_Work(row, slot, 1))
+                continue
+            else:
+                count = min(left, budget)
+                budget -= count
+            if count:
+                chunks.append(_Work(row, slot, count))
+        return singles, chunks
+
+    def _plan(self, work: Sequence[_Work], singles: int) -> tuple[attention.StepPlan, Tensor, Tensor, Tensor]:
+        pool = self.pool
+        assert pool is not None
+        ids: list[Ids] = []
+        positions, places, wanted = [], [], []
+        chunks: list[attention.ChunkCall] = []
+        flat = 0
+        for i, w in enumerate(work):
+            row, stop = w.row, w.row.computed + w.count
+            ids.append(row.ids[row.computed : stop])
+            positions.append(np.arange(row.computed, stop))
+            places.append(np.arange(row.computed, stop) + (w.slot * pool.capacity - row.tail_start))
+            if row.generation.score_prompt and row.prefilling:
+                wanted.extend(range(flat, flat + w.count))
+            elif stop == row.length:
+                wanted.append(flat + w.count - 1)
+            if i >= singles:
+                visible = stop - row.tail_start
+                mask = attention.chunk_mask(w.count, visible, self._groups, self._shape.dtype)
+                chunks.append(attention.ChunkCall(w.slot, flat, flat + w.count, visible, mask))
+            flat += w.count
+        slots = [w.slot for w in work[:singles]]
+        plan = attention.StepPlan(
+            keys=pool.keys,
+            values=pool.values,
+            write_index=torch.from_numpy(np.concatenate(places)),
+            singles=singles,
+            single_slots=None if slots == list(range(singles)) else torch.tensor(slots),
+            tails=self._tails(slots),
+            chunks=chunks,
+            segments=_segment_calls(work, flat),
+        )
+        flat_ids, flat_positions = np.concatenate(ids), np.concatenate(positions)
+        return plan, torch.from_numpy(flat_ids)[None], torch.from_numpy(flat_positions)[None], torch.tensor(wanted)
+
+    def _tails(self, slots: Sequence[int]) -> list[attention.TailCall]:
+        """One padded call over all slots, or one per block of slots where padding would cost more than the calls."""
+        if not slots:
+            return []
+        lengths = np.ones(slots[-1] + 1, np.int64)  # a slot that is not in the step attends to one stale token, unread
+        for slot in slots:
+            lengths[slot] = self.rows[slot].computed + 1 - self.rows[slot].tail_start
+        cuts = list(range(0, len(lengths), BLOCK)) + [len(lengths)]
+        blocks = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+        if len(lengths) * lengths.max() <= 1.4 * sum((b - a) * lengths[a:b].max() for a, b in blocks):
+            blocks = [(0, len(lengths))]
+        calls = []
+        for a, b in blocks:
+            mask = attention.tail_mask(torch.from_numpy(lengths[a:b]), int(lengths[a:b].max()), self._shape.dtype)
+            calls.append(attention.TailCall(a, b, mask))
+        return calls
+
+    # --- after the step -----------------------------------------------------------------------------------------------
+
+    def _advance(self, work: Sequence[_Work], logits: Tensor) -> tuple[int, list[tuple[Running, Outcome | EngineFault]]]:
+        """Take in the step's result; returns how many tokens were sampled and the sequences that ended."""
+        samplers: list[Running] = []
+        sampled_at: list[int] = []
+        at = 0
+        for w in work:
+            row, g = w.row, w.row.generation
+            stop = row.computed + w.count
+            if g.score_prompt and row.prefilling:
+                targets = row.ids[row.computed + 1 : min(stop + 1, row.prompt_length)]
+                if len(targets):
+                    row.scores += sampling.score(logits[at : at + len(targets)], torch.from_numpy(targets))
+                at += w.count
+                if stop == row.length:
+                    samplers.append(row)
+                    sampled_at.append(at - 1)
+            elif stop == row.length:
+                samplers.append(row)
+                sampled_at.append(at)
+                at += 1
+            was_prefilling = row.prefilling
+            row.computed = stop
+            if was_prefilling and not row.prefilling and not g.score_prompt and stop - row.cached > 1:
+                self._remember(row, w.slot)
+        if not samplers:
+            return 0, []
+        chosen = logits if sampled_at == list(range(len(logits))) else logits[sampled_at]
+        draws = sampling.draw(chosen, [sampling.Row(r.generation, r.rng, _Seen(r)) for r in samplers])
+        ended: list[tuple[Running, Outcome | EngineFault]] = []
+        for row, d in zip(samplers, draws, strict=True):
+            if not np.isfinite(d.log_prob):
+                ended.append((row, EngineFault("the model's output is not finite")))
+                continue
+            row.ids[row.length] = d.token
+            row.length += 1
+            row.log_probs.append(d.log_prob)
+            end = self._end(row, d.token)
+            if end is not None:
+                ended.append((row, row.outcome(*end)))
+        for row, result in ended:
+            slot = self.rows.index(row)
+            if isinstance(result, Outcome) and not row.generation.score_prompt:
+                self._remember(row, slot)
+            self._remove(slot)
+        return len(samplers), ended
+
+    def _end(self, row: Running, token: int) -> tuple[str, int | str | None] | None:
+        g = row.generation
+        if token in self._eos and not g.ignore_eos:
+            return "stop", None
+        if token in g.stop_token_ids:
+            return "stop", token
+        if row.stops is not None and (hit := row.stops.find(row.ids[row.prompt_length : row.length])) is not None:
+            return "stop", hit
+        return ("length", None) if row.length == len(row.ids) else None
+
+    def _remember(self, row: Running, slot: int) -> None:
+        assert self.pool is not None
+        n = row.computed - row.tail_start
+        self.tree.insert(
+            row.ids[: row.computed], row.tail_start, self.pool.keys[:, slot, :n], self.pool.values[:, slot, :n]
+        )
+
+    def _remove(self, slot: int) -> None:
+        """Free a slot; the last sequence moves into it, so that slots stay without a gap."""
+        last = self.rows.pop()
+        if slot < len(self.rows):
+            if not last.fresh and self.pool is not None:
+                self.pool.move(len(self.rows), slot, last.computed - last.tail_start)
+            self.rows[slot] = last
+        if not self.rows:
+            self.pool = None
+
+
+class _Seen(Sequence[int]):
+    """The text of a row, read only when a repetition penalty asks for it."""
+
+    def __init__(self, row: Running) -> None:
+        self._row = row
+
+    def __len__(self) -> int:
+        return self._row.length
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._row.ids[: self._row.length][at].tolist()
+
+
+def _segment_calls(work: Iterable[_Work], tokens: int) -> list[attention.SegmentCall]:
+    members: dict[Segment, list[tuple[int, int]]] = {}
+    flat = 0
+    for w in work:
+        for segment in w.row.attached:
+            members.setdefault(segment, []).append((flat, flat + w.count))
+        flat += w.count
+    calls = []
+    for segment, spans in members.items():
+        index = None
+        if sum(b - a for a, b in spans) < tokens:
+            index = torch.cat([torch.arange(a, b) for a, b in spans])
+        calls.append(attention.SegmentCall(segment.keys, segment.values, index))
+    return calls
