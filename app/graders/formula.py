@@ -27,8 +27,8 @@ _TOKEN = re.compile(
 _MANY = 1_000_000
 # name → (function, fewest arguments, most arguments)
 FUNCTIONS: Mapping[str, tuple[Callable[..., float], int, int]] = {
-    "min": (min, 1, _MANY),
-    "max": (max, 1, _MANY),
+    "min": (lambda *values: min(values), 1, _MANY),
+    "max": (lambda *values: max(values), 1, _MANY),
     "abs": (abs, 1, 1),
     "floor": (math.floor, 1, 1),
     "ceil": (math.ceil, 1, 1),

@@ -101,7 +101,11 @@ def _timeout(timeout_s: float) -> httpx.Timeout:
 
 
 def _limits(max_connections: int) -> httpx.Limits:
-    return httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+    # uvicorn drops an idle connection after 5 s, which is also httpx's default: ours must be the first to let go,
+    # or a request now and then meets a closed door.
+    return httpx.Limits(
+        max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=3.0
+    )
 
 
 @functools.cache

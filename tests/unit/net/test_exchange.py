@@ -98,6 +98,14 @@ async def test_retries_never_outlive_the_deadline(http: HttpClient, endpoint: Us
     assert len(endpoint.seen) == 2
 
 
+async def test_an_attempt_ends_at_the_deadline(http: HttpClient, endpoint: UserEndpoint) -> None:
+    endpoint.plays(Reply(200, {}, delay_s=5))
+    started = time.monotonic()
+    with pytest.raises(Unanswered, match=r"no complete answer within 0\.[23]"):
+        await post(http, endpoint.url, budget_s=0.3)
+    assert time.monotonic() - started < 1.0
+
+
 async def test_nothing_is_sent_after_the_deadline(http: HttpClient, endpoint: UserEndpoint) -> None:
     with pytest.raises(Unanswered, match="deadline passed before the first attempt") as error:
         await post(http, endpoint.url, budget_s=-1)
@@ -155,7 +163,7 @@ async def test_a_compressed_answer_is_never_unpacked(http: HttpClient, endpoint:
 
 
 async def test_no_header_value_and_no_query_reach_an_error(http: HttpClient, endpoint: UserEndpoint) -> None:
-    page = f"{'.' * 290}you sent {SECRET} and s3cr3t-t0ken-value and k3y-in-query".encode()
+    page = f"{'.' * 280}you sent {SECRET} and s3cr3t-t0ken-value and k3y-in-query".encode()
     endpoint.plays(Reply(500, page))
     with pytest.raises(Unanswered) as error:
         await post(http, f"{endpoint.url}?api_key=k3y-in-query")

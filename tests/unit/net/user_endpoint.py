@@ -37,6 +37,7 @@ class Seen:
     method: str
     path: str
     headers: dict[str, str]
+    names: list[str]  # of the headers as they came, so that a doubled one is seen
     body: bytes
 
     @property
@@ -67,7 +68,9 @@ class UserEndpoint:
             more = message.get("more_body", False)
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         reply = self.script[min(len(self.seen), len(self.script) - 1)]
-        self.seen.append(Seen(scope["method"], scope["path"], headers, body))
+        self.seen.append(
+            Seen(scope["method"], scope["path"], headers, [name.decode() for name, _ in scope["headers"]], body)
+        )
         self.at.append(asyncio.get_running_loop().time())
         await asyncio.sleep(reply.delay_s)
         named = [(name.encode(), value.encode()) for name, value in reply.headers.items()]
@@ -88,12 +91,13 @@ async def serving() -> AsyncIterator[UserEndpoint]:
         endpoint.port = listener.getsockname()[1]
         endpoint.url = f"http://127.0.0.1:{endpoint.port}/call"
         config = uvicorn.Config(endpoint, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)
+        config.load()
         server = uvicorn.Server(config)
-        task = asyncio.create_task(server._serve([listener]))  # `serve` would take over the signals of pytest
-        while not server.started:
-            await asyncio.sleep(0.005)
+        server.lifespan = config.lifespan_class(config)
+        # Without its main loop, which ticks ten times a second and would take over the signals of pytest.
+        await server.startup(sockets=[listener])
         try:
             yield endpoint
         finally:
-            server.should_exit = server.force_exit = True
-            await task
+            server.force_exit = True
+            await server.shutdown(sockets=[listener])

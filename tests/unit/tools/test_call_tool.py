@@ -68,6 +68,7 @@ async def test_our_headers_win_over_the_users_in_any_case(http: HttpClient, endp
     await call(http, endpoint, **{"x-rollout-id": "forged", "CONTENT-TYPE": "text/plain"})
     assert endpoint.seen[0].headers["x-rollout-id"] == "trace_1"
     assert endpoint.seen[0].headers["content-type"] == "application/json"
+    assert len(set(endpoint.seen[0].names)) == len(endpoint.seen[0].names)
 
 
 @pytest.mark.parametrize(
