@@ -16,6 +16,7 @@ from app.core.settings import Settings
 from app.db.engine import Database
 from app.files.storage import Storage
 from app.models.catalogue import Catalogue
+from app.samplers.service import Samplers
 from app.security.api_keys import PREFIX, Caller, KeyRing
 from app.security.vault import Vault
 
@@ -32,7 +33,7 @@ class Services:
     catalogue: Catalogue
     keys: KeyRing
     vault: Vault
-    samplers: Any
+    samplers: Samplers
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _vault(request: Request) -> Vault:
     return services(request).vault
 
 
-def _samplers(request: Request) -> Any:
+def _samplers(request: Request) -> Samplers:
     return services(request).samplers
 
 
@@ -117,5 +118,5 @@ DatabaseDep = Annotated[Database, Depends(_database)]
 StorageDep = Annotated[Storage, Depends(_storage)]
 CatalogueDep = Annotated[Catalogue, Depends(_catalogue)]
 VaultDep = Annotated[Vault, Depends(_vault)]
-SamplersDep = Annotated[Any, Depends(_samplers)]
+SamplersDep = Annotated[Samplers, Depends(_samplers)]
 PageDep = Annotated[PageQuery, page()]

@@ -5,17 +5,23 @@ Does not cover: starting it (`hone up`) or the workers it never sees: they meet 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
 
+from app.checkpoints.routes import router as checkpoints
 from app.core.settings import Settings
 from app.db.engine import Database
+from app.files.routes import router as files
 from app.files.storage import Storage
+from app.inference.routes import router as inference
+from app.jobs.routes import router as jobs
 from app.models.catalogue import Catalogue
+from app.models.routes import router as models
+from app.rollouts.routes import router as rollouts
+from app.samplers.service import Samplers
 from app.security.api_keys import KeyRing, load_peppers
 from app.security.vault import load_vault
 from app.web import errors, health
@@ -23,18 +29,10 @@ from app.web.deps import Services, caller
 from app.web.middleware import BodyLimit, RequestContext
 
 
-def _optional(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
-
-
 def build_services(settings: Settings) -> Services:
     """Everything the routes need; touches the disk only for the key secret."""
     database = Database(settings.database)
     secret = settings.secret_key
-    samplers = _optional("app.samplers.service", "Samplers")
     return Services(
         settings=settings,
         database=database,
@@ -42,7 +40,7 @@ def build_services(settings: Settings) -> Services:
         catalogue=Catalogue(settings.models_dir),
         keys=KeyRing(load_peppers(settings)),
         vault=load_vault(secret.get_secret_value() if secret else None, settings.root),
-        samplers=samplers(database, settings) if samplers else None,
+        samplers=Samplers(database, settings),
     )
 
 
@@ -54,11 +52,20 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.storage.sweep()
         yield
-        if services.samplers is not None:
-            await services.samplers.close()
+        await services.samplers.close()
         await services.database.close()
 
-    made = FastAPI(title="Hone", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    made = FastAPI(
+        title="Hone",
+        version="1",  # of the contract (/v1), not of the package
+        summary="Reinforcement fine-tuning for tool-calling agents, with the API of OpenAI's RFT.",
+        servers=[{"url": "/"}],
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+        docs_url=None,  # their pages load scripts from elsewhere; `hone openapi` prints the contract
+        redoc_url=None,
+        openapi_url=None,
+    )
     made.state.services = services
     errors.install(made)
     made.add_middleware(BodyLimit)
@@ -68,11 +75,23 @@ def create_app(settings: Settings) -> FastAPI:
     return made
 
 
+def _operation_id(route: APIRoute) -> str:
+    """`create_file` → `createFile`, as OpenAI's own contract calls its operations."""
+    first, *rest = route.name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
 def _v1() -> APIRouter:
-    """Everything under /v1 needs a key, so that a slice cannot forget to ask for one."""
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(caller)], responses={"4XX": {"model": errors.ErrorResponse}})
-    for slice_ in ("files", "jobs", "checkpoints", "rollouts", "models", "inference"):
-        found = _optional(f"app.{slice_}.routes", "router")
-        if found is not None:
-            v1.include_router(found, tags=[slice_])
+    """Everything under /v1 needs a key here, so that a slice cannot forget to ask for one."""
+    v1 = APIRouter(
+        prefix="/v1",
+        dependencies=[Depends(caller)],
+        responses={"4XX": {"model": errors.ErrorResponse}, "5XX": {"model": errors.ErrorResponse}},
+    )
+    v1.include_router(files, tags=["Files"])
+    v1.include_router(jobs, tags=["Fine-tuning"])
+    v1.include_router(checkpoints, tags=["Fine-tuning"])
+    v1.include_router(rollouts, tags=["Rollouts"])
+    v1.include_router(models, tags=["Models"])
+    v1.include_router(inference, tags=["Chat"])
     return v1

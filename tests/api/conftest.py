@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import threading
 import time
@@ -35,11 +36,19 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings(data_dir=tmp_path / "data", max_file_bytes=4 * 1024**2)
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that the real migrations made, once; each server starts from a copy."""
+    path = tmp_path_factory.mktemp("template") / "hone.db"
+    migrate.upgrade(f"sqlite+aiosqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def live_server(settings: Settings) -> Iterator[LiveServer]:
+def live_server(settings: Settings, migrated: Path) -> Iterator[LiveServer]:
     """The application under uvicorn in a thread, on a free port of the loopback, database migrated, one key made."""
     settings.root.mkdir(parents=True)
-    migrate.upgrade(settings.database)
+    shutil.copy(migrated, settings.root / "hone.db")
     api_key = asyncio.run(create_key(settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
