@@ -108,22 +108,21 @@ def _train(started: Children, data: Path, found: Path, seed: int, example: Examp
         [sys.executable, "-m", "examples.shop.server", "--port", "0"],
         cwd=ROOT,
         env=shop_env,
-        output=subprocess.PIPE,
+        log=data / "shop.log",
     )
     shop_url = server.first_line(START_S)
     env["HONE_EGRESS_ALLOW"] = shop_url.removeprefix("http://")  # the guard refuses private addresses otherwise
 
     port = _free_port()
-    with open(data / "hone-up.log", "wb") as log:
-        up = started.start(
-            "hone up",
-            [*HONE, "up", "--host", "127.0.0.1", "--port", str(port), "--data", str(data)],
-            cwd=ROOT,
-            env=env,
-            output=log,
-        )
+    up = started.start(
+        "hone up",
+        [*HONE, "up", "--host", "127.0.0.1", "--port", str(port), "--data", str(data)],
+        cwd=ROOT,
+        env=env,
+        log=data / "hone-up.log",
+    )
     url = f"http://127.0.0.1:{port}"
-    _wait_until_healthy(up, url, data)
+    _wait_until_healthy(up, url)
     key = _hone(env, "keys", "create", "demo", timeout_s=COMMAND_S).strip()
     typer.echo(f"Hone answers at {url}/v1, the example's tool and grader at {shop_url}.")
     train = started.start(
@@ -135,7 +134,7 @@ def _train(started: Children, data: Path, found: Path, seed: int, example: Examp
     while (code := train.returncode) is None:
         for child in (up, server):
             if child.returncode is not None:
-                raise DemoFailed(f"{child.name} ended with {child.returncode} while the job ran")
+                raise DemoFailed(f"{child.name} ended with {child.returncode} while the job ran:\n{child.log_tail()}")
         time.sleep(0.2)
     return code
 
@@ -179,7 +178,7 @@ def _free_port() -> int:
     return port
 
 
-def _wait_until_healthy(up: Child, url: str, data: Path) -> None:
+def _wait_until_healthy(up: Child, url: str) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline, last = time.monotonic() + START_S, "no answer"
     while time.monotonic() < deadline:
@@ -191,8 +190,7 @@ def _wait_until_healthy(up: Child, url: str, data: Path) -> None:
         except (urllib.error.URLError, OSError) as error:
             last = str(error)
         time.sleep(0.2)
-    tail = "\n".join((data / "hone-up.log").read_text(errors="replace").splitlines()[-15:])
-    raise DemoFailed(f"`hone up` is not healthy ({last}). The end of its log:\n{tail}")
+    raise DemoFailed(f"`hone up` is not healthy ({last}). The end of its log:\n{up.log_tail()}")
 
 
 def summary(found: Mapping[str, Any], total_s: float, gflops: float) -> dict[str, Any]:

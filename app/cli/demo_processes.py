@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 STOP_S = 20.0  # `hone up` ends its own children in this time; what is left then is killed
 
@@ -25,34 +24,41 @@ class Child:
     """A process with a name for messages. Its group gets SIGTERM, and SIGKILL if that was not enough."""
 
     def __init__(
-        self, name: str, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes] | int | None
+        self, name: str, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: Path | None
     ) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends the groups in order
-        )
+        self._log = log
+        with contextlib.ExitStack() as files:
+            output = None if log is None else files.enter_context(log.open("wb"))
+            self._process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends the groups in order
+            )
 
     @property
     def returncode(self) -> int | None:
         return self._process.poll()
 
+    def log_tail(self, lines: int = 15) -> str:
+        """The end of what it wrote."""
+        assert self._log is not None, "this process writes to the terminal"
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
     def first_line(self, timeout_s: float) -> str:
-        """The first line of the output (a pipe); raises DemoFailed when none comes in time."""
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        deadline, read = time.monotonic() + timeout_s, b""
-        while b"\n" not in read:
-            read += self._process.stdout.read() or b""
-            if self.returncode is not None or time.monotonic() > deadline:
-                raise DemoFailed(f"{self.name} did not start: {read.decode(errors='replace').strip() or 'no output'}")
+        """The first line that it writes; raises DemoFailed when none comes in time."""
+        assert self._log is not None, "this process writes to the terminal"
+        deadline = time.monotonic() + timeout_s
+        while self.returncode is None and time.monotonic() < deadline:
+            line, end, _ = self._log.read_text(errors="replace").partition("\n")
+            if end:
+                return line
             time.sleep(0.05)
-        return read.split(b"\n", 1)[0].decode()
+        raise DemoFailed(f"{self.name} did not start: {self.log_tail() or 'no output'}")
 
     def stop(self) -> None:
         """End the whole group; returns when its leader is gone."""
@@ -81,10 +87,10 @@ class Children:
         *,
         cwd: Path,
         env: Mapping[str, str],
-        output: IO[bytes] | int | None = None,
+        log: Path | None = None,
     ) -> Child:
-        """`output` as for Popen's stdout, with stderr beside it; None inherits both."""
-        child = Child(name, command, cwd=cwd, env=env, output=output)
+        """`log` takes both outputs; None: they go to the terminal."""
+        child = Child(name, command, cwd=cwd, env=env, log=log)
         self._children.append(child)
         return child
 

@@ -91,14 +91,15 @@ def new_events(client: OpenAI, job_id: str, known: set[str]) -> list[FineTuningJ
 def frame(job: FineTuningJob, events: list[FineTuningJobEvent], fresh: list[str], seconds: float) -> Frame:
     hone: dict[str, Any] = getattr(job, "hone", None) or {}
     metrics = [data_of(event) for event in events if event.type == "metrics"]
+    by_step = {data.get("step"): data for data in metrics if data.get("train_mean_reward") is not None}
     activity = hone.get("activity") or {}
     return Frame(
         job_id=job.id,
         status=job.status,
         step=hone.get("step") or 0,
         total_steps=hone.get("total_steps") or 0,
-        rewards=[data["train_mean_reward"] for data in metrics if data.get("train_mean_reward") is not None],
-        tool_calls=[data["tool_calls_mean"] for data in metrics if data.get("tool_calls_mean") is not None],
+        rewards=[data["train_mean_reward"] for data in by_step.values()],
+        tool_calls=[data["tool_calls_mean"] for data in by_step.values() if data.get("tool_calls_mean") is not None],
         valid_rewards=[data["valid"]["sampled"]["reward_mean"] for data in metrics if data.get("valid")],
         activity=activity.get("text") or hone.get("queue_reason") or "",
         activity_age_s=activity.get("age_s") or 0.0,
