@@ -6,7 +6,6 @@ Does not cover: registering it (`workers.registry`).
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Iterable
 from typing import Any
@@ -51,18 +50,15 @@ def table(history: Iterable[dict[str, Any]]) -> str:
 
 def write_result_file(storage: Storage, project_id: str, text: str) -> File:
     """Write the bytes under a new file id; the returned row is not yet in the database. Blocking."""
-    data = text.encode()
     file_id = new_id("file-")
-    path = storage.path(file_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    stored = storage.put(file_id, text.encode())
     return File(
         id=file_id,
         project_id=project_id,
         filename="step_metrics.csv",
         purpose="fine-tune-results",
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=stored.bytes,
+        sha256=stored.sha256,
         status="processed",
         status_details=None,
         created_at=0.0,

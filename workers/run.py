@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +26,7 @@ from app.files.storage import Storage
 from app.jobs.leases import Claim
 from app.samplers.service import Adapter, Samplers
 from workers.batch import write_batch
+from workers.heartbeat import Heartbeat
 from workers.messages import LoraSpec, Progress, Published, Start, Step, StepDone
 from workers.registry import Registry, StepRecord
 from workers.results import table, write_result_file
@@ -49,7 +50,7 @@ EMPTY_STEPS_LIMIT = 3  # steps in a row without anything to learn from
 class Run:
     """One attempt. `execute` returns when the job has succeeded; every other end is an exception."""
 
-    def __init__(self, settings: Settings, database: Database, claim: Claim, moved: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, database: Database, claim: Claim, heartbeat: Heartbeat) -> None:
         job, fence = claim.job, claim.fence
         self.settings = settings
         self.database = database
@@ -68,7 +69,8 @@ class Run:
         )
         self.seconds: dict[str, float] = {str(name): float(value) for name, value in (job.seconds or {}).items()}
         self.recorder = Recorder(database, fence, settings.traces_dir, self.seconds)
-        self.recorder.on_flush = moved
+        self.recorder.on_flush = heartbeat.moved
+        self.heartbeat = heartbeat
         self.registry = Registry(database, fence)
         self.final_name = names.fine_tuned(job.model, settings.organization_id, job.suffix, job.id)
         cursor = claim.snapshot.cursor if claim.snapshot else {}
@@ -350,6 +352,7 @@ class Run:
         text = table(await self.registry.metrics_history())
         result_file = await asyncio.to_thread(write_result_file, storage, self.job.project_id, text)
         await self.recorder.flush()
+        await asyncio.to_thread(self.heartbeat.stop)  # or it would find the lease gone and call that a loss
         await self.registry.succeeded(self.final_name, result_file)
         await self.policy.retire(self.version)
         leftovers = [self.adapters_dir, *(self.settings.jobs_dir / self.job.id).glob("a*/snapshots")]

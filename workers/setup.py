@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.jobs.dataset import read_rows
 
 from app.core.errors import ServiceError
 from app.core.settings import Settings
 from app.db.tables import Job
+from app.files import jsonl
 from app.files.storage import Storage
 from app.graders.base import Grader
 from app.graders.build import build_grader
@@ -155,8 +155,8 @@ def write_canary(path: Path, canary: list[list[int]]) -> str:
 
 
 def _read_rows(storage: Storage, file_id: str) -> list[Row]:
-    with storage.path(file_id).open("rb") as file:
-        return [Row(index, item) for index, item in enumerate(read_rows(file))]
+    with storage.open(file_id) as file:
+        return [Row(line - 1, item) for line, item in jsonl.rows(file) if not isinstance(item, jsonl.BadRow)]
 
 
 def _check_rendering(renderer: ChatRenderer, rows: Sequence[Row], context: int, param: str) -> None:

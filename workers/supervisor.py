@@ -67,7 +67,7 @@ async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: i
         loop.call_soon_threadsafe(stop.set)
 
     heartbeat = Heartbeat(settings.database, claim.fence, settings.lease_seconds, on_lost)
-    run = Run(settings, database, claim, heartbeat.moved)
+    run = Run(settings, database, claim, heartbeat)
     heartbeat.start()
     work = asyncio.create_task(run.execute())
     asked = asyncio.create_task(stop.wait())

@@ -118,7 +118,7 @@ class Keeper:
             spawn_on_leash,
             self.command(model, port),
             log=log_file,
-            environment={"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            environment={"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
         )
         log.info("starting a sampler for %s on port %d (process group %d)", base_model, port, child.pid)
         self.kept[base_model] = Kept(base_model, f"http://127.0.0.1:{port}", child, log_file, moment, moment)
@@ -164,7 +164,7 @@ class Keeper:
                 host=self.settings.hostname,
                 adapter_root=str(self.settings.root),
                 max_loras=self.settings.sampler_max_adapters,
-                info={"pid": kept.child.pid if kept.child else None, **(await client.info())},
+                info={"pid": kept.child.pid if kept.child else None, **(await client.version())},
                 started_at=stamp,
                 heartbeat=stamp,
             )

@@ -109,7 +109,10 @@ class ServedPolicy:
                 timeout_s=max(1.0, request.deadline - time.monotonic()),
             )
             try:
-                return await self._samplers.client(sampler).complete(asked)
+                completion = await self._samplers.client(sampler).complete(asked)
+                if completion.finish_reason != "abort":
+                    return completion
+                raise SamplerUnavailable("the engine aborted the request", url=sampler.url)
             except (SamplerUnavailable, ModelNotServed) as error:
                 if time.monotonic() >= request.deadline:
                     raise
