@@ -1,13 +1,13 @@
 """One dataset row against the job: its messages, its tools, the grader's placeholders (contract §6). Pure.
 
-Does not cover: files and counts (`validation`), how many tokens a row has (`app.rendering`).
+Does not cover: files and counts (`validation`), how messages become tokens (`app.rendering`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,19 @@ MAX_ROW_TOOLS = 128
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+Fault = tuple[str, str]  # field, message
+
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the job says about its rows. `tools` are the names that the job can call."""
+    """What the job says about its rows. `tools` are the names that the job can call.
+
+    `prompt` renders a row that is right otherwise, and says what the model cannot read about it.
+    """
 
     tools: frozenset[str]
     grader: GraderSpec
-
-
-Fault = tuple[str, str]  # field, message
+    prompt: Callable[[Mapping[str, Any]], Fault | None] = lambda row: None
 
 
 class RowChecker:
@@ -38,8 +41,14 @@ class RowChecker:
         self.used: set[str] = set()
         self._tools: dict[str, tuple[Fault, ...]] = {}
 
-    def faults(self, row: Mapping[str, Any], number: int) -> Iterator[Fault]:
+    def faults(self, row: Mapping[str, Any], number: int) -> list[Fault]:
         """Everything wrong with this row, as (field, message); `number` is its line."""
+        found = list(self._structure(row, number))
+        if not found and (fault := self.spec.prompt(row)):
+            found.append(fault)
+        return found
+
+    def _structure(self, row: Mapping[str, Any], number: int) -> Iterator[Fault]:
         if "messages" not in row:
             yield "messages", "is missing"
         else:

@@ -78,7 +78,7 @@ def validate_rows(
         if isinstance(row, BadRow):
             found = [("", row.reason)]
         else:
-            found = list(checker.faults(row, number))
+            found = checker.faults(row, number)
             try:
                 text = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
                 digests.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), number)

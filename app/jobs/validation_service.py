@@ -9,8 +9,9 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from app.core.settings import Settings
 from app.db.engine import Database
@@ -23,7 +24,9 @@ from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan, resolve
 from app.jobs.rows import RowSpec
 from app.jobs.validation import FileReport, Refusal, TooSlow, refusal, validate_rows, warnings
-from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
+from app.models.catalogue import BaseModel, Catalogue, ModelError
+from app.rendering.protocol import ChatRenderer, MessageNotRenderable, RenderingError
+from app.rendering.registry import load_renderer
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,15 @@ class Outcome:
     warnings: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
-async def validate_job(database: Database, settings: Settings, catalogue: Catalogue, job_id: str, owner: str) -> None:
+async def validate_job(
+    database: Database,
+    settings: Settings,
+    catalogue: Catalogue,
+    job_id: str,
+    owner: str,
+    *,
+    load: Callable[[BaseModel], ChatRenderer] = load_renderer,
+) -> None:
     """Claim, read in a thread, finish. Returns at once when someone else reads; a job cancelled meanwhile stays so."""
     async with database.begin() as session:
         job = await leases.claim_validation(session, job_id, owner, LEASE_S)
@@ -54,20 +65,63 @@ async def validate_job(database: Database, settings: Settings, catalogue: Catalo
         )
     stop = threading.Event()
     try:
-        outcome = await asyncio.to_thread(read_files, job, Storage(settings.files_dir), catalogue, stop, DEADLINE_S)
+        outcome = await asyncio.to_thread(_validate, job, settings, catalogue, load, stop)
+    except Exception:  # our bug: the log has it, and the job must not come back every five minutes for ever
+        log.exception("job %s: checking its files failed", job_id)
+        message = "The files could not be checked because of an internal error; the server's log has the details"
+        outcome = Outcome(None, Refusal("internal_error", message, "training_file", {}))
     finally:
         stop.set()  # a cancelled runner must not wait for the thread
     await _record(database, job, owner, outcome)
 
 
-def read_files(
-    job: Job, storage: Storage, catalogue: Catalogue, stop: threading.Event, deadline_s: float = DEADLINE_S
+def _validate(
+    job: Job,
+    settings: Settings,
+    catalogue: Catalogue,
+    load: Callable[[BaseModel], ChatRenderer],
+    stop: threading.Event,
 ) -> Outcome:
-    """Blocking: both files row by row, then the plan. Everything the user can cause comes back as a refusal."""
+    """Blocking. What the user or the installation can cause comes back as a refusal; anything else is our bug."""
+    try:
+        model = catalogue.get(job.model)
+        renderer = load(model)
+    except (ModelError, RenderingError) as error:
+        return Outcome(None, Refusal("model_not_usable", str(error), "model", {}))
+    context = min(model.context, settings.sampler_max_model_len)
+    return read_files(job, Storage(settings.files_dir), model, PromptCheck(renderer, context), stop)
+
+
+@dataclass(frozen=True)
+class PromptCheck:
+    """Renders a row as the first turn of its rollouts will: it must leave room for at least one token."""
+
+    renderer: ChatRenderer
+    context: int
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+        try:
+            length = len(self.renderer.prompt(row["messages"], row.get("tools") or None))
+        except MessageNotRenderable as error:
+            return error.param, error.reason
+        if length >= self.context:
+            return "messages", f"the prompt has {length} tokens; the context is {self.context}"
+        return None
+
+
+def read_files(
+    job: Job,
+    storage: Storage,
+    model: BaseModel,
+    prompt: PromptCheck,
+    stop: threading.Event,
+    within_s: float = DEADLINE_S,
+) -> Outcome:
+    """Blocking: both files row by row, then the plan."""
     reinforcement = mask_headers(job.method)["reinforcement"]
     tools = frozenset(str(tool["name"]) for tool in reinforcement.get("tools", ()))
-    spec = RowSpec(tools=tools, grader=parse_grader(reinforcement["grader"]))
-    ends = time.monotonic() + deadline_s
+    spec = RowSpec(tools, parse_grader(reinforcement["grader"]), prompt)
+    ends = time.monotonic() + within_s
 
     def late() -> bool:
         return stop.is_set() or time.monotonic() > ends
@@ -76,22 +130,25 @@ def read_files(
     reports: list[FileReport] = []
     for param, file_id in (("training_file", job.training_file), ("validation_file", valid_id)):
         try:
-            with storage.open(file_id) as file:
+            with _opened(storage, file_id) as file:
                 reports.append(validate_rows(jsonl.rows(file), spec, late=late))
-        except (OSError, ValueError) as error:
+        except OSError as error:
             log.warning("job %s: cannot read %s: %s", job.id, file_id, error)
             return _refused(param, f"File {file_id} can no longer be read; upload it again")
         except TooSlow:
-            return _refused(param, f"File {file_id} could not be checked within {deadline_s:.0f} seconds")
+            return _refused(param, f"File {file_id} could not be checked within {within_s:.0f} seconds")
     train, valid = reports
     if refused := refusal(train, valid, job.training_file, valid_id):
         return Outcome(None, refused)
-    try:
-        model = catalogue.get(job.model)
-    except (UnknownModel, BrokenModel) as error:
-        return Outcome(None, Refusal("model_not_found", str(error), "model", {}))
     plan = resolve(job.method, job.options, train.n_rows, valid.n_rows, model, job.seed)
     return Outcome(plan, None, tuple(warnings(train, valid, tools)))
+
+
+def _opened(storage: Storage, file_id: str) -> BinaryIO:
+    try:
+        return storage.open(file_id)
+    except ValueError as error:  # not an id of ours: a row from elsewhere
+        raise FileNotFoundError(file_id) from error
 
 
 def _refused(param: str, message: str) -> Outcome:

@@ -10,6 +10,7 @@ from app.db.engine import Database, now
 from app.db.tables import DEFAULT_PROJECT, Job
 from app.jobs import events, idempotency, leases, service
 from app.jobs.idempotency import Attempt
+from app.jobs.view import job_object
 from tests.db.rows import Seed
 
 
@@ -133,8 +134,6 @@ async def test_a_key_is_free_again_after_a_day(database: Database) -> None:
 
 
 async def test_an_estimate_exists_only_while_running(database: Database, seed: Seed) -> None:
-    from app.jobs.view import job_object
-
     job_id = await seed.job(status="running", started_at=100.0, step=2, total_steps=10)
     async with database.read() as session:
         job = await session.get(Job, job_id)

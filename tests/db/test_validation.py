@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +16,14 @@ from app.jobs import leases, service
 from app.jobs.plan import Plan
 from app.jobs.validation_service import validate_job
 from app.models.catalogue import BaseModel, Catalogue
+from app.rendering.protocol import MessageNotRenderable, NoRenderer
 from tests.db.rows import Seed, dataset
 
 MODEL = BaseModel(
     id="tiny",
     path=Path("/models/tiny"),
     renderer="hermes",
-    context=2048,
+    context=64,
     lora_targets=("q_proj",),
     base_learning_rate=1e-4,
     lora_rank=8,
@@ -32,6 +36,20 @@ MODEL = BaseModel(
 class OneModel(Catalogue):
     def get(self, model_id: str) -> BaseModel:
         return MODEL
+
+
+class OneTokenAWord:
+    """A renderer as far as validation uses one."""
+
+    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+        words = " ".join(message["content"] for message in messages).split()
+        if "unreadable" in words:
+            raise MessageNotRenderable("messages.0.content", "cannot be rendered")
+        return [0] * len(words)
+
+
+def load(model: BaseModel) -> Any:
+    return OneTokenAWord()
 
 
 @pytest.fixture
@@ -51,7 +69,7 @@ async def test_right_files_queue_the_job_with_its_plan(
 ) -> None:
     train, valid = await seed.file(dataset(16)), await seed.file(dataset(4, start=100))
     job_id = await seed.job(training_file=train, validation_file=valid)
-    await validate_job(database, settings, catalogue, job_id, "runner")
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
     job, story = await after(database, job_id)
     assert job.status == "queued"
     assert job.error is None
@@ -69,7 +87,7 @@ async def test_bad_rows_fail_the_job_and_stand_in_one_event(
 ) -> None:
     train = await seed.file(dataset(12) + b'\nnonsense\n{"answer": "1"}')
     job_id = await seed.job(training_file=train, validation_file=await seed.file(dataset(4)))
-    await validate_job(database, settings, catalogue, job_id, "runner")
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
     job, story = await after(database, job_id)
     assert job.status == "failed"
     assert job.finished_at is not None
@@ -85,7 +103,7 @@ async def test_too_few_rows_fail_the_job(
     database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
 ) -> None:
     job_id = await seed.job(training_file=await seed.file(dataset(9)), validation_file=await seed.file(dataset(4)))
-    await validate_job(database, settings, catalogue, job_id, "runner")
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
     job, _ = await after(database, job_id)
     assert job.error == {
         "code": "invalid_n_examples",
@@ -98,7 +116,7 @@ async def test_a_file_that_is_gone_fails_the_job(
     database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
 ) -> None:
     job_id = await seed.job(training_file=await seed.file(dataset(10)), validation_file="file-missing")
-    await validate_job(database, settings, catalogue, job_id, "runner")
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
     job, _ = await after(database, job_id)
     assert job.error is not None
     assert job.error["code"] == "invalid_validation_file"
@@ -108,7 +126,7 @@ async def test_rows_in_both_files_are_a_warning(
     database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
 ) -> None:
     job_id = await seed.job(training_file=await seed.file(dataset(10)), validation_file=await seed.file(dataset(4)))
-    await validate_job(database, settings, catalogue, job_id, "runner")
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
     job, story = await after(database, job_id)
     assert job.status == "queued"
     assert story[-2].level == "warn"
@@ -121,7 +139,7 @@ async def test_a_job_that_someone_else_reads_is_left_alone(
     job_id = await seed.job()
     async with database.begin() as session:
         await leases.claim_validation(session, job_id, "other")
-    await validate_job(database, settings, catalogue, job_id, "runner")
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
     job, story = await after(database, job_id)
     assert (job.status, job.lease_owner, story) == ("validating_files", "other", [])
 
@@ -133,13 +151,53 @@ async def test_a_job_cancelled_while_it_is_read_stays_cancelled(
 
     class CancelsFirst(Catalogue):
         def get(self, model_id: str) -> BaseModel:
-            import sqlite3
-
             with sqlite3.connect(settings.root / "hone.db", timeout=10) as connection:
                 connection.execute("UPDATE jobs SET status = 'cancelled', attempt = 1, lease_owner = NULL")
             connection.close()
             return MODEL
 
-    await validate_job(database, settings, CancelsFirst(tmp_path), job_id, "runner")
+    await validate_job(database, settings, CancelsFirst(tmp_path), job_id, "runner", load=load)
     job, _ = await after(database, job_id)
     assert (job.status, job.plan) == ("cancelled", None)
+
+
+async def test_rows_that_the_model_cannot_read_or_hold_are_named(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    texts = ["fits " * 63, "long " * 64, "unreadable"]
+    rows = [{"messages": [{"role": "user", "content": text}], "answer": "1"} for text in texts]
+    valid = await seed.file("\n".join(json.dumps(row) for row in rows).encode())
+    job_id = await seed.job(training_file=await seed.file(dataset(10)), validation_file=valid)
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
+    job, story = await after(database, job_id)
+    assert job.error is not None
+    assert job.error["code"] == "invalid_validation_file"
+    assert story[-1].data is not None
+    assert [(p["row"], p["field"]) for p in story[-1].data["problems"]] == [(2, "messages"), (3, "messages.0.content")]
+    assert "64 tokens" in job.error["message"]
+
+
+async def test_a_model_without_a_renderer_fails_the_job(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    def none(model: BaseModel) -> Any:
+        raise NoRenderer("no renderer is known")
+
+    job_id = await seed.job()
+    await validate_job(database, settings, catalogue, job_id, "runner", load=none)
+    job, _ = await after(database, job_id)
+    assert job.error == {"code": "model_not_usable", "message": "no renderer is known", "param": "model"}
+
+
+async def test_a_bug_of_ours_fails_the_job_instead_of_coming_back_for_ever(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    def broken(model: BaseModel) -> Any:
+        raise KeyError("oops")
+
+    job_id = await seed.job()
+    await validate_job(database, settings, catalogue, job_id, "runner", load=broken)
+    job, _ = await after(database, job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "internal_error"
