@@ -180,7 +180,7 @@ def _pull_hub(hub_id: str, model_id: str, models_dir: Path, progress: Progress) 
             ) from error
         except Exception as error:  # the client's network errors have no common root; all mean the same here
             raise PullFailed(
-                f"{hub_id} could not be downloaded ({type(error).__name__}: {error}). Check the network, or copy the "
+                f"{hub_id} could not be downloaded ({type(error).__name__}: {_first(str(error))}). Check the network, or copy the "
                 f"model's directory here and run `hone models add DIR --id {model_id}`"
             ) from error
         progress("registering")
@@ -199,3 +199,7 @@ def _run(command: Sequence[str], deadline_s: float, what: str) -> subprocess.Com
 def _tail(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][-500:] if lines else "no output"
+
+
+def _first(text: str) -> str:
+    return text.strip().partition("\n")[0][:500]
