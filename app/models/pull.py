@@ -180,8 +180,8 @@ def _pull_hub(hub_id: str, model_id: str, models_dir: Path, progress: Progress) 
             ) from error
         except Exception as error:  # the client's network errors have no common root; all mean the same here
             raise PullFailed(
-                f"{hub_id} could not be downloaded ({type(error).__name__}: {_first(str(error))}). Check the network, or copy the "
-                f"model's directory here and run `hone models add DIR --id {model_id}`"
+                f"{hub_id} could not be downloaded ({type(error).__name__}: {_first(str(error))}). Check the network, "
+                f"or copy the model's directory here and run `hone models add DIR --id {model_id}`"
             ) from error
         progress("registering")
         return register(Path(temporary), model_id, models_dir, hub_id=hub_id, place=os.rename)
