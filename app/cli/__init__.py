@@ -1,0 +1,1 @@
+"""The `hone` command. Importing it is cheap: a command imports what it needs when it runs."""
