@@ -6,16 +6,16 @@ Does not cover: checkpoints and rollouts of a job, which have routes of their ow
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 
 from app.core.errors import InvalidRequest
-from app.core.paging import envelope
 from app.jobs import idempotency, service
 from app.jobs.openapi import CREATE_BODY
 from app.jobs.parse import parse_create, parse_json
 from app.jobs.view import event_object, job_object
+from app.jobs.wire import EventList, FineTuningJob, JobList
 from app.web.deps import CallerDep, CatalogueDep, DatabaseDep, PageQuery, SettingsDep, VaultDep, page
 
 router = APIRouter(prefix="/fine_tuning/jobs")
@@ -31,7 +31,7 @@ async def create_job(
     vault: VaultDep,
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[str | None, Header(include_in_schema=False)] = None,
-) -> dict[str, Any]:
+) -> FineTuningJob:
     """Create a reinforcement fine-tuning job. Its files are validated afterwards; watch `status` and the events."""
     spec = parse_create(parse_json(await request.body()))
     await asyncio.to_thread(service.check_model, catalogue, spec)
@@ -50,7 +50,7 @@ async def list_jobs(
     database: DatabaseDep,
     settings: SettingsDep,
     paging: Annotated[PageQuery, page(20)],
-) -> dict[str, Any]:
+) -> JobList:
     """Jobs, newest first. `metadata[key]=value` filters; `metadata=null` selects jobs without metadata."""
     async with database.read() as session:
         found = await service.list_jobs(
@@ -59,11 +59,16 @@ async def list_jobs(
     shown = [
         job_object(view.job, view.counts, organization_id=settings.organization_id, at=view.at) for view in found.items
     ]
-    return envelope(shown, found.has_more)
+    return JobList(
+        data=shown,
+        has_more=found.has_more,
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
+    )
 
 
 @router.get("/{job_id}")
-async def retrieve_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> dict[str, Any]:
+async def retrieve_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> FineTuningJob:
     """One job, with what it is doing now under `hone`."""
     async with database.read() as session:
         found = await service.view(session, caller.project_id, job_id)
@@ -71,7 +76,7 @@ async def retrieve_job(job_id: str, caller: CallerDep, database: DatabaseDep, se
 
 
 @router.post("/{job_id}/cancel")
-async def cancel_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> dict[str, Any]:
+async def cancel_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> FineTuningJob:
     """Cancel at once. Checkpoints made so far stay usable."""
     async with database.begin() as session:
         await service.cancel(session, caller.project_id, job_id)
@@ -86,13 +91,19 @@ async def list_events(
     database: DatabaseDep,
     paging: Annotated[PageQuery, page(20)],
     order: Annotated[Literal["asc", "desc"], Query()] = "desc",
-) -> dict[str, Any]:
+) -> EventList:
     """What happened, newest first unless `order=asc`."""
     async with database.read() as session:
         found = await service.list_events(
             session, caller.project_id, job_id, after=paging.after, limit=paging.limit, ascending=order == "asc"
         )
-    return envelope([event_object(event) for event in found.items], found.has_more)
+    shown = [event_object(event) for event in found.items]
+    return EventList(
+        data=shown,
+        has_more=found.has_more,
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
+    )
 
 
 def _metadata_filter(request: Request) -> dict[str, str] | None:

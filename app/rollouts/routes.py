@@ -5,13 +5,12 @@ Does not cover: export and re-grading. From the SDK: `client.get(path, cast_to=o
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from app.core.paging import envelope
 from app.rollouts import service
-from app.rollouts.schemas import RolloutQuery, rollout_object
+from app.rollouts.schemas import RolloutList, RolloutObject, RolloutQuery, RolloutWithTrace
 from app.web.deps import CallerDep, DatabaseDep, SettingsDep
 
 router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/rollouts")
@@ -20,17 +19,23 @@ router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/rollouts")
 @router.get("")
 async def list_rollouts(
     job_id: str, caller: CallerDep, database: DatabaseDep, asked: Annotated[RolloutQuery, Query()]
-) -> dict[str, Any]:
+) -> RolloutList:
     """Rollouts of a job, newest first, filtered."""
     async with database.read() as session:
         found = await service.list_rollouts(session, caller.project_id, job_id, asked)
-    return envelope([rollout_object(rollout) for rollout in found.items], found.has_more)
+    shown = [RolloutObject.of(row) for row in found.items]
+    return RolloutList(
+        data=shown,
+        has_more=found.has_more,
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
+    )
 
 
 @router.get("/{rollout_id}")
 async def retrieve_rollout(
     job_id: str, rollout_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep
-) -> dict[str, Any]:
+) -> RolloutWithTrace:
     """One rollout with its trace: messages, tokens, log-probs, tool calls, grade."""
     async with database.read() as session:
         rollout = await service.get(session, caller.project_id, job_id, rollout_id)

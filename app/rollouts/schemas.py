@@ -12,30 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.core.states import RolloutState
 from app.db.tables import Rollout
 
-_FIELDS = (
-    "attempt",
-    "step",
-    "split",
-    "greedy",
-    "row",
-    "group",
-    "sample",
-    "version",
-    "state",
-    "reward",
-    "advantage",
-    "sub_scores",
-    "stop_reason",
-    "truncated",
-    "turns",
-    "tool_calls",
-    "invalid_calls",
-    "completion_tokens",
-    "prompt_tokens",
-    "error",
-    "seconds",
-)
-
 
 class RolloutQuery(BaseModel):
     """Query parameters of the list; all that are given must hold."""
@@ -57,14 +33,69 @@ class RolloutQuery(BaseModel):
     )
 
 
-def rollout_object(rollout: Rollout) -> dict[str, Any]:
+class RolloutObject(BaseModel):
     """The row of the ledger; the id is the trace id that tools and grader were sent."""
+
+    id: str
+    object: Literal["fine_tuning.job.rollout"] = "fine_tuning.job.rollout"
+    fine_tuning_job_id: str
+    attempt: int
+    step: int = Field(description="The training step it is for; for validation the step just finished.")
+    split: Literal["train", "valid"]
+    greedy: bool
+    row: int = Field(description="0-based line of the dataset file.")
+    group: int = Field(description="Siblings share it; unique within an attempt.")
+    sample: int
+    version: int = Field(description="Policy version that served every turn.")
+    state: RolloutState
+    reward: float | None
+    advantage: float | None
+    sub_scores: dict[str, Any] | None
+    stop_reason: str | None
+    truncated: bool
+    turns: int
+    tool_calls: int
+    invalid_calls: int
+    completion_tokens: int
+    prompt_tokens: int
+    error: str | None
+    seconds: dict[str, Any] | None
+    started_at: int
+    finished_at: int | None
+    has_trace: bool
+
+    @classmethod
+    def of(cls, row: Rollout) -> RolloutObject:
+        return cls.model_validate(_values(row))
+
+
+class RolloutWithTrace(RolloutObject):
+    """One rollout and all that was recorded of it; `trace_error` says why a finished one has no trace any more."""
+
+    trace: dict[str, Any] | None
+    trace_error: str | None
+
+    @classmethod
+    def around(cls, row: Rollout, trace: dict[str, Any] | None, trace_error: str | None = None) -> RolloutWithTrace:
+        return cls.model_validate({**_values(row), "trace": trace, "trace_error": trace_error})
+
+
+class RolloutList(BaseModel):
+    """A page of rollouts."""
+
+    object: Literal["list"] = "list"
+    data: list[RolloutObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+def _values(row: Rollout) -> dict[str, Any]:
+    same = RolloutObject.model_fields.keys() & {column.key for column in Rollout.__table__.columns}
     return {
-        "id": rollout.id,
-        "object": "fine_tuning.job.rollout",
-        "fine_tuning_job_id": rollout.job_id,
-        **{name: getattr(rollout, name) for name in _FIELDS},
-        "started_at": int(rollout.started_at),
-        "finished_at": None if rollout.finished_at is None else int(rollout.finished_at),
-        "has_trace": rollout.trace_file is not None,
+        **{name: getattr(row, name) for name in same},
+        "fine_tuning_job_id": row.job_id,
+        "started_at": int(row.started_at),
+        "finished_at": None if row.finished_at is None else int(row.finished_at),
+        "has_trace": row.trace_file is not None,
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -16,7 +15,7 @@ from app.core.paging import Page
 from app.db.tables import Rollout
 from app.jobs import service as jobs
 from app.rollouts import repository
-from app.rollouts.schemas import RolloutQuery, rollout_object
+from app.rollouts.schemas import RolloutQuery, RolloutWithTrace
 from app.rollouts.traces import TraceMissing, read_trace
 
 READ_S = 20.0
@@ -43,17 +42,16 @@ async def get(session: AsyncSession, project_id: str, job_id: str, rollout_id: s
     return rollout
 
 
-async def with_trace(rollout: Rollout, traces_dir: Path) -> dict[str, Any]:
+async def with_trace(rollout: Rollout, traces_dir: Path) -> RolloutWithTrace:
     """The row and `trace`: null while it runs, null with `trace_error` when the file is gone. Holds no session."""
-    shown = rollout_object(rollout)
     file, offset, length = rollout.trace_file, rollout.trace_offset, rollout.trace_length
     if file is None or offset is None or length is None:
-        return {**shown, "trace": None, "trace_error": None}
+        return RolloutWithTrace.around(rollout, None)
     try:
         async with asyncio.timeout(READ_S):
             trace = await asyncio.to_thread(read_trace, traces_dir, file, offset, length)
     except TraceMissing:
-        return {**shown, "trace": None, "trace_error": "the stored trace is gone or damaged; the row remains"}
+        return RolloutWithTrace.around(rollout, None, "the stored trace is gone or damaged; the row remains")
     except TimeoutError:
         raise Unavailable("The trace could not be read in time; try again.") from None
-    return {**shown, "trace": trace, "trace_error": None}
+    return RolloutWithTrace.around(rollout, trace)

@@ -138,6 +138,6 @@ async def test_an_estimate_exists_only_while_running(database: Database, seed: S
     async with database.read() as session:
         job = await session.get(Job, job_id)
     assert job is not None
-    assert job_object(job, {}, organization_id="org", at=120.0)["estimated_finish"] == 200
+    assert job_object(job, {}, organization_id="org", at=120.0).estimated_finish == 200
     job.status = "failed"
-    assert job_object(job, {}, organization_id="org", at=120.0)["estimated_finish"] is None
+    assert job_object(job, {}, organization_id="org", at=120.0).estimated_finish is None
