@@ -165,3 +165,17 @@ async def test_events_are_newest_first_and_carry_their_data(
     assert first["has_more"] is True
     rest = http.get(f"/v1/fine_tuning/jobs/{job_id}/events?order=asc&after={first['last_id']}").json()
     assert [event["data"]["step"] for event in rest["data"]] == [1, 2]
+
+
+async def test_a_metric_that_is_no_number_does_not_break_the_list(
+    http: httpx.Client, seed: Seed, database: Database
+) -> None:
+    job_id = await seed.job(seconds={"sampling": float("nan")})
+    async with database.begin() as session:
+        await events.append(
+            session, project_id=DEFAULT_PROJECT, job_id=job_id, message="Step 1/1", data={"kl": float("nan")}
+        )
+    answer = http.get(f"/v1/fine_tuning/jobs/{job_id}/events")
+    assert answer.status_code == 200
+    assert answer.json()["data"][0]["data"] == {"kl": None}
+    assert http.get(f"/v1/fine_tuning/jobs/{job_id}").json()["hone"]["seconds"] == {"sampling": None}
