@@ -18,19 +18,20 @@ from app.inference.schemas import ChatCompletion, ChatRequest
 from app.inference.service import ChatService
 from app.inference.stream import KEEP_ALIVE_S, events, first_look
 from app.rendering.registry import load_renderer
-from app.web.deps import CallerDep, ServicesDep
+from app.web.deps import CallerDep, services
 
 router = APIRouter()
 
 
-def chat_service(request: Request, services: ServicesDep) -> ChatService:
-    """One per application: its caches and its queue are shared by all requests."""
+async def chat_service(request: Request) -> ChatService:
+    """One per application: its caches and its queue are shared by all. Async, so that no two threads make it."""
     state = request.app.state
     if not hasattr(state, "chat"):
+        here = services(request)
         state.chat = ChatService(
-            Resolver(services.database, services.catalogue, load_renderer),
-            services.samplers,
-            max_model_len=services.settings.sampler_max_model_len,
+            Resolver(here.database, here.catalogue, load_renderer),
+            here.samplers,
+            max_model_len=here.settings.sampler_max_model_len,
         )
     made: ChatService = state.chat
     return made

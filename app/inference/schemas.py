@@ -68,11 +68,19 @@ _TEXT_OR_PARTS = {
         {"type": "null"},
     ]
 }
+_ONE_OR_MANY = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+        {"type": "null"},
+    ]
+}
 Text = Annotated[str | None, BeforeValidator(_join_text_parts), WithJsonSchema(_TEXT_OR_PARTS)]
 Unicode = Annotated[str, AfterValidator(_unicode)]
 Stops = Annotated[
     Annotated[list[Annotated[Unicode, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
     BeforeValidator(_one_or_many),
+    WithJsonSchema(_ONE_OR_MANY),
 ]
 
 
@@ -107,8 +115,6 @@ class FunctionSpec(_Lenient):
 
 
 class ToolSpec(_Lenient):
-    """`sent` is the object as it came: formats print it whole, and training printed the row's, key order included."""
-
     type: Literal["function"]
     function: FunctionSpec
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -122,6 +128,7 @@ class ToolSpec(_Lenient):
 
     @property
     def sent(self) -> dict[str, Any]:
+        """The object as it came: formats print it whole, and training printed the row's, key order included."""
         return self._sent
 
 

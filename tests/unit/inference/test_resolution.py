@@ -93,7 +93,9 @@ async def test_the_result_of_a_job_is_its_last_checkpoint(resolver: Resolver) ->
     assert target.adapter == Adapter("ckpt-j1-10", "/adapters/10")
 
 
-@pytest.mark.parametrize(("project", "name"), [("p", "nothing"), ("p", "../bytes"), ("other", NAME)])
+@pytest.mark.parametrize(
+    ("project", "name"), [("p", "nothing"), ("p", "../bytes"), ("other", NAME), ("other", f"{NAME}:ckpt-step-9")]
+)
 async def test_what_a_project_does_not_have_does_not_exist(resolver: Resolver, project: str, name: str) -> None:
     with pytest.raises(NotFound) as caught:
         await resolver.resolve(project, name)
