@@ -64,6 +64,9 @@ def demo(
     except (DemoFailed, demo_probe.NoTorch) as error:
         typer.echo(f"demo: {error}", err=True)
         code = 1
+    except subprocess.TimeoutExpired:
+        typer.echo("demo: this host is too busy to measure its speed; try again when it is idle", err=True)
+        code = 1
     except KeyboardInterrupt:
         typer.echo("demo: stopped", err=True)
         code = 130

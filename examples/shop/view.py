@@ -70,7 +70,7 @@ def ledger_line(ledger: Mapping[str, int]) -> str:
 
 
 class PlainView:
-    """A line per event, and the current activity every 20 s."""
+    """A line per event, and every 20 s where it stands."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -86,8 +86,9 @@ class PlainView:
         print(f"  [{age(frame.seconds)}] {frame.status}, {step}{now}; {ledger_line(frame.ledger)}", flush=True)
 
     def count(self, label: str, done: int, total: int) -> None:
-        if done == total:
-            print(f"  {label}: {total} episodes", flush=True)
+        if done == total or time.monotonic() - self._last > PLAIN_EVERY_S:
+            self._last = time.monotonic()
+            print(f"  {label}: {done} of {total} episodes", flush=True)
 
 
 class RichView:
