@@ -53,9 +53,9 @@ def list_keys(data: Data = None, as_json: Json = False) -> None:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("id", "name", "project", "key", "created", "revoked", box=None)
+    table = Table(Column("id", no_wrap=True, min_width=28), "name", "project", "key", "created", "revoked", box=None)
     for row in rows:
         table.add_row(*(value or "" for value in row.values()))
     Console().print(table if rows else "No key yet: hone keys create NAME")

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from app.cli import keys, models
-from app.cli.failure import INTERRUPTED, CommandFailed
+from app.cli.failure import FAILED, INTERRUPTED, CommandFailed
 from app.cli.installation import Data, Json, load_settings
+from app.core.errors import ServiceError
 
 cli = typer.Typer(
     name="hone",
@@ -94,6 +95,9 @@ def main() -> None:
         if failure.fix is not None:
             sys.stderr.write(f"fix:   {failure.fix}\n")
         sys.exit(failure.code)
+    except ServiceError as refused:
+        sys.stderr.write(f"error: {refused.message}\n")
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
