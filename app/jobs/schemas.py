@@ -74,7 +74,7 @@ class Hyperparameters(BaseModel):
 
 
 class JsonSchemaFormat(BaseModel):
-    """The schema of a structured answer; `schema` itself is checked by `app.jobs.json_schema`."""
+    """The JSON Schema of a structured answer. A `$ref` out of it is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
@@ -92,7 +92,7 @@ class ResponseFormat(BaseModel):
 
 
 class Reinforcement(BaseModel):
-    """`method.reinforcement`; grader and tools are read by their own rooms."""
+    """How to train: the grader gives the reward, `tools` are the endpoints that the model may call."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -129,7 +129,7 @@ _FileId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
 class CreateJob(BaseModel):
-    """The top level without `method`, which `parse` reads first so that its errors come first."""
+    """A reinforcement fine-tuning job. Unknown top-level fields are ignored with a warning event."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 

@@ -103,13 +103,16 @@ async def test_a_running_job_shows_numbers_activity_and_its_ledger(
     assert hone["plan"] == plan.as_dict()
 
 
-async def test_a_job_that_waits_still_says_auto(client: OpenAI, seed: Seed, settings: Settings) -> None:
+async def test_a_job_that_never_ran_still_says_auto(client: OpenAI, seed: Seed, settings: Settings) -> None:
     install_model(settings)
-    plan = resolve(METHOD, {}, 16, 4, Catalogue(settings.models_dir).get("tiny"), 7)
-    job_id = await seed.job(status="queued", plan=plan.as_dict(), queue_reason="waits for adapter slots")
-    job = client.fine_tuning.jobs.retrieve(job_id).to_dict()
-    assert job["method"]["reinforcement"]["hyperparameters"]["batch_size"] == "auto"
-    assert job["hone"]["queue_reason"] == "waits for adapter slots"
+    plan = resolve(METHOD, {}, 16, 4, Catalogue(settings.models_dir).get("tiny"), 7).as_dict()
+    waiting = await seed.job(status="queued", plan=plan, queue_reason="waits for adapter slots")
+    again = await seed.job(status="queued", plan=plan, started_at=1.0)
+    cancelled = await seed.job(status="cancelled", plan=plan, finished_at=1.0)
+    for job_id in (waiting, again, cancelled):
+        job = client.fine_tuning.jobs.retrieve(job_id).to_dict()
+        assert job["method"]["reinforcement"]["hyperparameters"]["batch_size"] == "auto"
+    assert client.fine_tuning.jobs.retrieve(waiting).to_dict()["hone"]["queue_reason"] == "waits for adapter slots"
 
 
 async def test_a_strict_client_parses_every_status(live_server: LiveServer, seed: Seed) -> None:

@@ -33,6 +33,7 @@ async def test_the_list_is_filtered(http: httpx.Client, seed: Seed) -> None:
     high = await seed.rollout(job_id, reward=0.9, step=2)
     greedy = await seed.rollout(job_id, RolloutState.EVALUATED, split="valid", greedy=True, step=2, reward=0.5)
     broken = await seed.rollout(job_id, RolloutState.TOOL_FAILED, step=2, error="no answer")
+    await seed.rollout(await seed.job())
     assert listed(http, job_id) == [broken, greedy, high, low]
     assert listed(http, job_id, order="asc") == [low, high, greedy, broken]
     assert listed(http, job_id, step=1) == [low]

@@ -195,6 +195,7 @@ def test_a_remote_reference_in_the_response_schema_is_refused() -> None:
         with_reinforcement(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
     )
     assert error.param == "method.reinforcement.response_format.json_schema.schema"
+    assert "outside the schema" in error.message
 
 
 def test_the_response_format_is_echoed_as_it_was() -> None:

@@ -39,7 +39,7 @@ def test_auto_follows_the_number_of_rows(rows: int, batch: int, epochs: int, ste
     assert (made.batch_size, made.n_epochs, made.total_steps) == (batch, epochs, steps)
 
 
-@pytest.mark.parametrize(("compute", "group"), [(0.0001, 2), (0.5, 4), ("auto", 8), (1, 8), (1.5, 12), (10, 80)])
+@pytest.mark.parametrize(("compute", "group"), [(0.0001, 2), (0.45, 4), ("auto", 8), (1, 8), (1.5, 12), (10, 80)])
 def test_compute_multiplier_sets_the_group_size(compute: Any, group: int) -> None:
     assert plan(compute_multiplier=compute).group_size == group
 
