@@ -2,7 +2,7 @@
 
 A tree node is immutable and covers a run of tokens; a split is two views of the same memory. A running sequence reads its
 shared beginning from tree segments and keeps the rest, its tail, in one slot of a `SlotPool`.
-Does not cover: what is worth sharing in a step (`planner`) and who is admitted (`engine`).
+Does not cover: what is worth sharing in a step and who is admitted (`lane`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Keys and values of the tokens at absolute positions `start` to `stop`: [layers, stop - start, heads, dim]."""
+    """Keys and values of the tokens at absolute positions `start` to `stop`: [layers, heads, stop - start, dim]."""
 
     start: int
     stop: int
@@ -63,7 +63,7 @@ class PrefixTree:
     def __init__(self, shape: KVShape) -> None:
         self.tokens = 0
         self._clock = itertools.count(1)
-        empty = torch.empty(shape.layers, 0, shape.heads, shape.dim, dtype=shape.dtype)
+        empty = torch.empty(shape.layers, shape.heads, 0, shape.dim, dtype=shape.dtype)
         self._root = Node(np.empty(0, np.int64), Segment(0, 0, empty, empty), None)
 
     def walk(self, ids: Ids, limit: int) -> list[Segment]:
@@ -113,7 +113,7 @@ class PrefixTree:
         if at == len(ids) or at < tail_start:  # nothing new, or the beginning was evicted meanwhile
             return
         cut = slice(at - tail_start, len(ids) - tail_start)
-        segment = Segment(at, len(ids), keys[:, cut].clone(), values[:, cut].clone())
+        segment = Segment(at, len(ids), keys[:, :, cut].clone(), values[:, :, cut].clone())
         node.children[int(ids[at])] = Node(ids[at:].copy(), segment, node, used=now)
         self.tokens += len(ids) - at
 
@@ -147,11 +147,14 @@ class PrefixTree:
         s, parent = node.segment, node.parent
         assert parent is not None
         top = Node(
-            node.ids[:at], Segment(s.start, s.start + at, s.keys[:, :at], s.values[:, :at]), parent, used=node.used
+            node.ids[:at],
+            Segment(s.start, s.start + at, s.keys[:, :, :at], s.values[:, :, :at]),
+            parent,
+            used=node.used,
         )
         parent.children[int(node.ids[0])] = top
         node.ids, node.parent = node.ids[at:], top
-        node.segment = Segment(s.start + at, s.stop, s.keys[:, at:], s.values[:, at:])
+        node.segment = Segment(s.start + at, s.stop, s.keys[:, :, at:], s.values[:, :, at:])
         top.children[int(node.ids[0])] = node
         return top
 
@@ -167,8 +170,12 @@ class SlotPool:
         self.keys, self.values = self._new(), self._new()
 
     def _new(self) -> Tensor:
+        """[layers, slots, heads, capacity, dim], zero and not yet backed by memory: stale or unset values stay finite."""
         s = self.shape
-        return torch.zeros(s.layers, self.slots, self.capacity, s.heads, s.dim, dtype=s.dtype)
+        size = s.layers * self.slots * s.heads * self.capacity * s.dim * s.dtype.itemsize
+        # numpy uses calloc; torch.zeros would touch every page (0.7 GB for 64 slots of 512 tokens of a 135M model).
+        raw = torch.from_numpy(np.zeros(size, np.uint8)).view(s.dtype)
+        return raw.view(s.layers, self.slots, s.heads, self.capacity, s.dim)
 
     def fit(self, slots: int, capacity: int, used: int) -> None:
         """Grow to hold `slots` sequences of `capacity` tail tokens; the first `used` slots keep their content."""
@@ -180,12 +187,16 @@ class SlotPool:
             self.capacity *= 2
         old_keys, old_values = self.keys, self.values
         self.keys, self.values = self._new(), self._new()
-        used, n = min(used, old_keys.shape[1]), old_keys.shape[2]
-        self.keys[:, :used, :n], self.values[:, :used, :n] = old_keys[:, :used], old_values[:, :used]
+        used, n = min(used, old_keys.shape[1]), old_keys.shape[3]
+        self.keys[:, :used, :, :n], self.values[:, :used, :, :n] = old_keys[:, :used], old_values[:, :used]
+
+    def tail(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a slot's first tokens, [layers, heads, length, dim]."""
+        return self.keys[:, slot, :, :length], self.values[:, slot, :, :length]
 
     def move(self, source: int, target: int, length: int) -> None:
         for store in (self.keys, self.values):
-            store[:, target, :length] = store[:, source, :length]
+            store[:, target, :, :length] = store[:, source, :, :length]
 
     def fill(self, slot: int, tail_start: int, segments: Sequence[Segment]) -> None:
         """Copy segments (or the part of them behind `tail_start`) to their place in a slot."""
@@ -194,13 +205,13 @@ class SlotPool:
             at = s.start + skip - tail_start
             n = s.stop - s.start - skip
             if n > 0:
-                self.keys[:, slot, at : at + n] = s.keys[:, skip:]
-                self.values[:, slot, at : at + n] = s.values[:, skip:]
+                self.keys[:, slot, :, at : at + n] = s.keys[:, :, skip:]
+                self.values[:, slot, :, at : at + n] = s.values[:, :, skip:]
 
     def shift(self, slot: int, by: int, length: int) -> None:
         """Move a tail of `length` tokens by `by` positions (to the left when negative); cut tokens are lost."""
         for store in (self.keys, self.values):
             if by < 0:
-                store[:, slot, : length + by] = store[:, slot, -by:length].clone()
+                store[:, slot, :, : length + by] = store[:, slot, :, -by:length].clone()
             else:
-                store[:, slot, by : length + by] = store[:, slot, :length].clone()
+                store[:, slot, :, by : length + by] = store[:, slot, :, :length].clone()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,13 @@ class _Work:
     count: int
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    ids: Tensor  # [1, tokens]
+    positions: Tensor
+    wanted: Tensor  # flat tokens whose logits are needed
+
+
 class Lane:
     def __init__(
         self, module: Any, shape: KVShape, groups: int, eos: frozenset[int], *, max_rows: int, max_tokens: int
@@ -129,13 +136,12 @@ class Lane:
         if admitted:
             self._attach()
         singles, chunks = self._choose()
-        work = singles + chunks
-        plan, ids, positions, wanted = self._plan(work, len(singles))
+        plan, inputs = self._plan(singles, chunks)
         with attention.step(plan):
-            logits = self._module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted).logits[
-                0
-            ]
-        sampled, ended = self._advance(work, logits)
+            logits = self._module(
+                input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, logits_to_keep=inputs.wanted
+            ).logits[0]
+        sampled, ended = self._advance([*singles, *chunks], logits)
         prompt = sum(r.prompt_length for r in admitted)
         return StepReport(sampled, ended, prompt, sum(r.cached for r in admitted))
 
@@ -231,61 +237,58 @@ class Lane:
                 chunks.append(_Work(row, slot, count))
         return singles, chunks
 
-    def _plan(self, work: Sequence[_Work], singles: int) -> tuple[attention.StepPlan, Tensor, Tensor, Tensor]:
+    def _plan(self, singles: Sequence[_Work], chunks: Sequence[_Work]) -> tuple[attention.StepPlan, _Inputs]:
         pool = self.pool
         assert pool is not None
         ids: list[Ids] = []
-        positions, places, wanted = [], [], []
-        chunks: list[attention.ChunkCall] = []
+        positions: list[Ids] = []
+        places: list[Ids] = []
+        wanted: list[int] = []
+        calls: list[attention.Chunk] = []
         flat = 0
-        for i, w in enumerate(work):
+        for i, w in enumerate((*singles, *chunks)):
             row, stop = w.row, w.row.computed + w.count
+            at = np.arange(row.computed, stop)
             ids.append(row.ids[row.computed : stop])
-            positions.append(np.arange(row.computed, stop))
-            places.append(np.arange(row.computed, stop) + (w.slot * pool.capacity - row.tail_start))
+            positions.append(at)
+            places.append(at + (w.slot * self._shape.heads * pool.capacity - row.tail_start))
             if row.generation.score_prompt and row.prefilling:
                 wanted.extend(range(flat, flat + w.count))
             elif stop == row.length:
                 wanted.append(flat + w.count - 1)
-            if i >= singles:
-                visible = stop - row.tail_start
-                mask = attention.chunk_mask(w.count, visible, self._groups, self._shape.dtype)
-                chunks.append(attention.ChunkCall(w.slot, flat, flat + w.count, visible, mask))
+            if i >= len(singles):
+                mask = attention.chunk_mask(w.count, stop - row.tail_start, self._groups, self._shape.dtype)
+                calls.append(attention.Chunk(flat, flat + w.count, w.slot, mask, row.attached))
             flat += w.count
-        slots = [w.slot for w in work[:singles]]
+        heads = np.arange(self._shape.heads)[:, None] * pool.capacity
         plan = attention.StepPlan(
             keys=pool.keys,
             values=pool.values,
-            write_index=torch.from_numpy(np.concatenate(places)),
-            singles=singles,
-            single_slots=None if slots == list(range(singles)) else torch.tensor(slots),
-            tails=self._tails(slots),
-            chunks=chunks,
-            segments=_segment_calls(work, flat),
+            write_index=torch.from_numpy((heads + np.concatenate(places)[None]).ravel()),
+            blocks=self._blocks(singles),
+            chunks=calls,
         )
-        flat_ids, flat_positions = np.concatenate(ids), np.concatenate(positions)
-        return plan, torch.from_numpy(flat_ids)[None], torch.from_numpy(flat_positions)[None], torch.tensor(wanted)
+        return plan, _Inputs(
+            torch.from_numpy(np.concatenate(ids))[None],
+            torch.from_numpy(np.concatenate(positions))[None],
+            torch.tensor(wanted),
+        )
 
-    def _tails(self, slots: Sequence[int]) -> list[attention.TailCall]:
-        """One padded call over all slots, or one per block of slots where padding would cost more than the calls."""
-        if not slots:
+    def _blocks(self, singles: Sequence[_Work]) -> list[attention.DecodeBlock]:
+        """One padded block of all decoding rows, or blocks of a few where padding would cost more than it saves."""
+        if not singles:
             return []
-        lengths = np.ones(slots[-1] + 1, np.int64)  # a slot that is not in the step attends to one stale token, unread
-        for slot in slots:
-            lengths[slot] = self.rows[slot].computed + 1 - self.rows[slot].tail_start
-        cuts = list(range(0, len(lengths), BLOCK)) + [len(lengths)]
-        blocks = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
-        if len(lengths) * lengths.max() <= 1.4 * sum((b - a) * lengths[a:b].max() for a, b in blocks):
-            blocks = [(0, len(lengths))]
-        calls = []
-        for a, b in blocks:
-            mask = attention.tail_mask(torch.from_numpy(lengths[a:b]), int(lengths[a:b].max()), self._shape.dtype)
-            calls.append(attention.TailCall(a, b, mask))
-        return calls
+        lengths = np.array([w.row.computed + 1 - w.row.tail_start for w in singles])
+        cuts = [(a, min(a + BLOCK, len(lengths))) for a in range(0, len(lengths), BLOCK)]
+        if len(lengths) * lengths.max() <= 1.4 * sum((b - a) * lengths[a:b].max() for a, b in cuts):
+            cuts = [(0, len(lengths))]
+        return [_block(a, singles[a:b], torch.from_numpy(lengths[a:b])) for a, b in cuts]
 
     # --- after the step -----------------------------------------------------------------------------------------------
 
-    def _advance(self, work: Sequence[_Work], logits: Tensor) -> tuple[int, list[tuple[Running, Outcome | EngineFault]]]:
+    def _advance(
+        self, work: Sequence[_Work], logits: Tensor
+    ) -> tuple[int, list[tuple[Running, Outcome | EngineFault]]]:
         """Take in the step's result; returns how many tokens were sampled and the sequences that ended."""
         samplers: list[Running] = []
         sampled_at: list[int] = []
@@ -337,16 +340,17 @@ class Lane:
             return "stop", None
         if token in g.stop_token_ids:
             return "stop", token
-        if row.stops is not None and (hit := row.stops.find(row.ids[row.prompt_length : row.length])) is not None:
+        if (
+            row.stops is not None
+            and (hit := row.stops.find(row.ids[row.prompt_length : row.length].tolist())) is not None
+        ):
             return "stop", hit
         return ("length", None) if row.length == len(row.ids) else None
 
     def _remember(self, row: Running, slot: int) -> None:
         assert self.pool is not None
         n = row.computed - row.tail_start
-        self.tree.insert(
-            row.ids[: row.computed], row.tail_start, self.pool.keys[:, slot, :n], self.pool.values[:, slot, :n]
-        )
+        self.tree.insert(row.ids[: row.computed], row.tail_start, *self.pool.tail(slot, n))
 
     def _remove(self, slot: int) -> None:
         """Free a slot; the last sequence moves into it, so that slots stay without a gap."""
@@ -372,17 +376,22 @@ class _Seen(Sequence[int]):
         return self._row.ids[: self._row.length][at].tolist()
 
 
-def _segment_calls(work: Iterable[_Work], tokens: int) -> list[attention.SegmentCall]:
-    members: dict[Segment, list[tuple[int, int]]] = {}
-    flat = 0
-    for w in work:
+def _block(start: int, work: Sequence[_Work], lengths: Tensor) -> attention.DecodeBlock:
+    slots = [w.slot for w in work]
+    dense = slots == list(range(slots[0], slots[0] + len(slots)))
+    members: dict[Segment, list[int]] = {}
+    for i, w in enumerate(work):
         for segment in w.row.attached:
-            members.setdefault(segment, []).append((flat, flat + w.count))
-        flat += w.count
-    calls = []
-    for segment, spans in members.items():
-        index = None
-        if sum(b - a for a, b in spans) < tokens:
-            index = torch.cat([torch.arange(a, b) for a, b in spans])
-        calls.append(attention.SegmentCall(segment.keys, segment.values, index))
-    return calls
+            members.setdefault(segment, []).append(i)
+    return attention.DecodeBlock(
+        start=start,
+        stop=start + len(work),
+        slots=slice(slots[0], slots[-1] + 1) if dense else torch.tensor(slots),
+        mask=attention.tail_mask(lengths),
+        width=max(w.row.tail_start for w in work),
+        prefixes=[
+            attention.SharedPrefix(s, None if len(rows) == len(work) else torch.tensor(rows))
+            for s, rows in members.items()
+        ],
+        ragged=len({w.row.tail_start for w in work}) > 1,
+    )

@@ -115,19 +115,14 @@ class LoadedModel:
         pool = SlotPool(self.shape, slots=1, capacity=32)
         got, length = [], ids.shape[1]
         for start, stop in [(0, length // 2), *((i, i + 1) for i in range(length // 2, length))]:
+            heads = torch.arange(self.shape.heads)[:, None] * pool.capacity
+            mask = attention.chunk_mask(stop - start, stop, self.groups, self.dtype)
             plan = attention.StepPlan(
                 pool.keys,
                 pool.values,
-                torch.arange(start, stop),
-                0,
-                None,
+                (heads + torch.arange(start, stop)[None]).flatten(),
                 [],
-                [
-                    attention.ChunkCall(
-                        0, 0, stop - start, stop, attention.chunk_mask(stop - start, stop, self.groups, self.dtype)
-                    )
-                ],
-                [],
+                [attention.Chunk(0, stop - start, 0, mask, ())],
             )
             with attention.step(plan):
                 out = self._module(
