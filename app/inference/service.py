@@ -116,11 +116,17 @@ class ChatService:
     async def _sample(self, prompt: Prompt) -> Answer:
         """A sampler that fails is tried once more: by then it is another one, or has the adapter loaded anew."""
         target, failure = prompt.target, ""
+        failed: set[str] = set()
         for _ in range(ATTEMPTS):
             try:
                 async with self._samplers.acquire(
-                    target.base.id, target.adapter, self._holder, wait_s=self._sampler_wait_s
+                    target.base.id,
+                    target.adapter,
+                    self._holder,
+                    wait_s=self._sampler_wait_s,
+                    avoid=frozenset(failed),
                 ) as lease:
+                    failed.add(lease.sampler.id)
                     return await self._read(prompt, await self._complete_all(lease, prompt), lease)
             except NoSampler as error:  # the keeper has been asked for one
                 raise Unavailable(error.reason, retry_after_s=error.retry_after_s, code="no_sampler") from error
@@ -145,7 +151,10 @@ class ChatService:
         ]
         try:
             completions = await asyncio.gather(*tasks)
-        except (SamplerUnavailable, ModelNotServed):
+        except ModelNotServed:
+            await self._samplers.lost_adapter(lease.sampler, lease.model)
+            raise
+        except SamplerUnavailable:
             self._samplers.forget(lease.sampler)
             raise
         finally:

@@ -91,14 +91,15 @@ class Samplers:
 
     async def live(self, base_model: str, *, max_age_s: float = 1.0) -> list[LiveSampler]:
         """Live samplers of `base_model`; the answer may be `max_age_s` old."""
-        at, found = self._live.get(base_model, (-1e9, []))
-        if found and time.monotonic() - at < max_age_s:
+        async with self._locks.setdefault(base_model, asyncio.Lock()):  # one query for all who wait
+            at, found = self._live.get(base_model, (-1e9, []))
+            if found and time.monotonic() - at < max_age_s:
+                return found
+            async with self._database.read() as session:
+                rows = await repository.live(session, base_model)
+            found = [LiveSampler(r.id, r.url, r.base_model, r.max_loras, r.started_at, r.info) for r in rows]
+            self._live[base_model] = (time.monotonic(), found)
             return found
-        async with self._database.read() as session:
-            rows = await repository.live(session, base_model)
-        found = [LiveSampler(r.id, r.url, r.base_model, r.max_loras, r.started_at, r.info) for r in rows]
-        self._live[base_model] = (time.monotonic(), found)
-        return found
 
     async def start_error(self, base_model: str) -> str | None:
         async with self._database.read() as session:
@@ -106,17 +107,24 @@ class Samplers:
 
     @asynccontextmanager
     async def acquire(
-        self, base_model: str, adapter: Adapter | None, holder: str, *, wait_s: float = 0.0
+        self,
+        base_model: str,
+        adapter: Adapter | None,
+        holder: str,
+        *,
+        wait_s: float = 0.0,
+        avoid: frozenset[str] = frozenset(),
     ) -> AsyncIterator[Lease]:
         """A sampler that serves `adapter` (None: the base model). Raises `NoSampler` after `wait_s`.
 
-        The adapter is loaded on demand; the least recently used one without a live pin makes room.
+        The adapter is loaded on demand; the least recently used one without a live pin makes room. `avoid`: ids of
+        samplers that just failed; one of them is taken only when there is no other.
         """
         await self.want(base_model)
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                lease = await self._try(base_model, adapter, holder)
+                lease = await self._try(base_model, adapter, holder, avoid)
                 break
             except NoSampler:
                 if time.monotonic() >= deadline:
@@ -124,14 +132,14 @@ class Samplers:
                 await asyncio.sleep(0.25)
         yield lease
 
-    async def _try(self, base_model: str, adapter: Adapter | None, holder: str) -> Lease:
+    async def _try(self, base_model: str, adapter: Adapter | None, holder: str, avoid: frozenset[str]) -> Lease:
         samplers = await self.live(base_model)
         if not samplers:
             error = await self.start_error(base_model)
             raise NoSampler(
                 f"no sampler for {base_model} is running" + (f": {error}" if error else "; one is starting")
             )
-        sampler = samplers[0]
+        sampler = next((s for s in samplers if s.id not in avoid), samplers[0])
         client = self.client(sampler)
         if adapter is None:
             return Lease(client, base_model, sampler)
@@ -166,6 +174,12 @@ class Samplers:
         async with self._database.begin() as session:
             await repository.add_adapter(session, sampler.id, adapter.name, adapter.path)
             await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
+
+    async def lost_adapter(self, sampler: LiveSampler, name: str) -> None:
+        """The sampler says it does not serve `name`, whatever its rows say: load it again next time."""
+        self.forget(sampler)
+        async with self._database.begin() as session:
+            await repository.drop_adapter(session, sampler.id, name)
 
     def forget(self, sampler: LiveSampler) -> None:
         """After a failure: ask the database again before the next request, and pin anew."""

@@ -101,13 +101,22 @@ class FakeSamplers:
 
     @asynccontextmanager
     async def acquire(
-        self, base_model: str, adapter: Adapter | None, holder: str, *, wait_s: float = 0.0
+        self,
+        base_model: str,
+        adapter: Adapter | None,
+        holder: str,
+        *,
+        wait_s: float = 0.0,
+        avoid: frozenset[str] = frozenset(),
     ) -> AsyncIterator[Lease]:
         self.acquired.append((base_model, adapter))
         if self._client is None:
             raise NoSampler("no sampler is running; one is starting")
         client: Any = self._client
         yield Lease(client, adapter.name if adapter else base_model, self.sampler)
+
+    async def lost_adapter(self, sampler: LiveSampler, name: str) -> None:
+        self.forget(sampler)
 
     def forget(self, sampler: LiveSampler) -> None:
         assert sampler is self.sampler
