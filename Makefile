@@ -1,0 +1,58 @@
+# `make setup` builds .venv with everything the embedded default needs; every other target calls it first.
+#
+# torch: where no nvidia-smi is found, the versions of constraints-ci.txt are taken, with a CPU build of torch if one of your
+# package indexes has it. Choose yourself with `HONE_CONSTRAINTS=constraints-ci.txt make setup`, or `HONE_CONSTRAINTS= make
+# setup` for none.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_ARGS ?= --seed 1 --report report.json
+TEST_ARGS ?=
+
+ifeq ($(origin HONE_CONSTRAINTS),undefined)
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+HONE_CONSTRAINTS := constraints-ci.txt
+endif
+endif
+
+.PHONY: setup demo test lint format openapi migration clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(HONE_CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is %d.%d\nfix:   make setup PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(HONE_CONSTRAINTS)) -e '.[train,client,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/hone demo $(DEMO_ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+openapi: setup
+	$(BIN)/hone openapi > openapi.yaml.new
+	mv openapi.yaml.new openapi.yaml
+
+# make migration m="what changes"
+migration: setup
+	@test -n "$(m)" || { echo 'error: say what changes: make migration m="…"'; exit 2; }
+	$(BIN)/python -c 'import sys, tempfile; from alembic import command; from app.db import migrate; url = "sqlite:///" + tempfile.mkdtemp() + "/new.db"; migrate.upgrade(url); command.revision(migrate.config(url), sys.argv[1], autogenerate=True)' '$(m)'
+
+# The data directory stays.
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
