@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _prepare_process() -> None:
-    """Before any import that reads them: no telemetry, no hub, no tokenizer threads; an allocator that keeps memory."""
+    """Before any import that reads them: no telemetry, no hub, no tokenizer threads."""
     os.environ.update(
         HF_HUB_DISABLE_TELEMETRY="1",
         HF_HUB_OFFLINE="1",
@@ -55,6 +55,11 @@ def _prepare_process() -> None:
         HF_DATASETS_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
     )
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Let malloc keep what is freed: an update allocates the same tensors layer after layer."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_ALLOCATION)

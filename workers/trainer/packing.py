@@ -4,7 +4,8 @@ Does not cover: the attention over the packed row (`workers.trainer.attention`),
 (`workers.batch`).
 
 Rows are sorted descending, so a row shares with its predecessor the longest prefix it shares with any earlier row, and
-owns only the tail behind it. The packed row is the concatenation of those tails; a token's *slot* is its index there.
+owns only the tail behind it. The packed row is the concatenation of those tails in the order of the attention calls; a
+token's *slot* is its index there.
 The last token of a row predicts nothing and gets no slot. A token's *node* identifies (prefix, token): the same sampled
 token after the same prefix is scored once, whatever number of rows contain it.
 """
@@ -24,6 +25,8 @@ from torch import Tensor
 MAX_BATCHED_TAIL = 256
 MAX_BATCHED_PATH = 1024
 MAX_BATCHED_CELLS = 16_000_000  # padded score cells per head in one batched call
+MIN_BATCHED_ROWS = 8  # below this, a shorter tail is padded rather than given another call
+TAIL_RATIO = 0.7  # above MIN_BATCHED_ROWS, a tail shorter than this share of the longest starts the next call
 
 Ints = NDArray[np.int64]
 
@@ -76,14 +79,12 @@ class TreePlan:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row in trie order. `slots`: slot of each position but the last; the row owns positions from `shared` on."""
+    """A row in trie order; it owns its positions from `shared` on. `nodes` are numbered through the trie."""
 
     index: int
     length: int
     shared: int
-    slots: Ints
     nodes: Ints
-    start: int  # first owned slot
 
     @property
     def tail(self) -> int:
@@ -111,9 +112,11 @@ def plan_tree(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], dev
     Position 0 has no context and is never scored, whatever its mask.
     """
     trie = _trie(rows)
+    groups = _call_groups(trie)
+    slot_of_node = _slots(trie, groups)
     ids: list[int] = []
     positions: list[int] = []
-    for row in trie:
+    for row in (row for group in groups for row in group.rows):
         ids.extend(rows[row.index][row.shared : row.shared + row.tail])
         positions.extend(range(row.shared, row.shared + row.tail))
 
@@ -123,7 +126,7 @@ def plan_tree(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], dev
         trained_rows.append(np.full(len(wanted), row.index))
         trained_positions.append(wanted)
         nodes.append(row.nodes[wanted])
-        slots.append(row.slots[wanted - 1])
+        slots.append(slot_of_node[row.nodes[wanted - 1]])
         targets.append(np.asarray(rows[row.index])[wanted])
     unique, first, inverse = np.unique(np.concatenate(nodes), return_index=True, return_inverse=True)
     assert len(unique) == len(first)
@@ -134,7 +137,7 @@ def plan_tree(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], dev
     return TreePlan(
         ids=tensor(ids)[None],
         positions=tensor(positions)[None],
-        calls=tuple(_calls(trie, device)),
+        calls=tuple(_call(group, slot_of_node, device) for group in groups),
         scored_slots=tensor(np.concatenate(slots)[first]),
         scored_ids=tensor(np.concatenate(targets)[first]),
         trained_rows=tensor(np.concatenate(trained_rows)),
@@ -151,48 +154,44 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _trie(rows: Sequence[Sequence[int]]) -> list[_Row]:
     trie: list[_Row] = []
-    next_slot = next_node = 0
+    next_node = 0
     for index in trie_order(rows):
         length = len(rows[index])
         previous = trie[-1] if trie else None
         shared = _shared(rows[previous.index], rows[index]) if previous else 0
-        tail, fresh = max(0, length - 1 - shared), length - shared
-        inherited_slots = previous.slots[:shared] if previous else np.zeros(0, dtype=np.int64)
-        inherited_nodes = previous.nodes[:shared] if previous else np.zeros(0, dtype=np.int64)
-        slots = np.concatenate([inherited_slots[: length - 1], np.arange(next_slot, next_slot + tail)])
-        nodes = np.concatenate([inherited_nodes, np.arange(next_node, next_node + fresh)])
-        trie.append(_Row(index, length, shared, slots, nodes, next_slot))
-        next_slot, next_node = next_slot + tail, next_node + fresh
+        inherited = previous.nodes[:shared] if previous else np.zeros(0, dtype=np.int64)
+        nodes = np.concatenate([inherited, np.arange(next_node, next_node + length - shared)])
+        trie.append(_Row(index, length, shared, nodes))
+        next_node += length - shared
     return trie
 
 
-def _calls(trie: Sequence[_Row], device: torch.device) -> list[TailCall | BatchedCall]:
-    """Cut the rows that own slots into calls: neighbours that share at least half of their path go together."""
-    calls: list[TailCall | BatchedCall] = []
-    batch: list[_Row] = []
+@dataclass(frozen=True)
+class _Group:
+    """Rows of one attention call. `common`: how much of their paths all share; None: a lone row."""
 
-    def flush() -> None:
-        if len(batch) == 1:
-            calls.append(_tail_call(batch[0], device))
-        elif batch:
-            calls.append(_batched_call(batch, device))
-        batch.clear()
+    rows: tuple[_Row, ...]
+    common: int | None
 
+
+def _call_groups(trie: Sequence[_Row]) -> list[_Group]:
+    """Cut the rows that own slots into calls: neighbours that share at least half of their path, alike in length."""
+    groups: list[_Group] = []
+    cluster: list[_Row] = []
     for row in trie:
         if not row.tail:
             continue
         path = row.length - 1
-        if row.tail > MAX_BATCHED_TAIL or path > MAX_BATCHED_PATH or 2 * row.shared < path:
-            flush()
-            calls.append(_tail_call(row, device))
-            continue
-        candidate = [*batch, row]
-        cells = len(candidate) * max(r.tail for r in candidate) * max(r.length for r in candidate)
-        if cells > MAX_BATCHED_CELLS or (batch and _common(candidate) < row.shared // 2):
-            flush()
-        batch.append(row)
-    flush()
-    return calls
+        alone = row.tail > MAX_BATCHED_TAIL or path > MAX_BATCHED_PATH or 2 * row.shared < path
+        if cluster and (alone or min(row.shared, _common(cluster)) < row.shared // 2):
+            groups.extend(_split(cluster))
+            cluster = []
+        if alone:
+            groups.append(_Group((row,), None))
+        else:
+            cluster.append(row)
+    groups.extend(_split(cluster))
+    return groups
 
 
 def _common(rows: Sequence[_Row]) -> int:
@@ -200,29 +199,63 @@ def _common(rows: Sequence[_Row]) -> int:
     return min(row.shared for row in rows)
 
 
-def _tail_call(row: _Row, device: torch.device) -> TailCall:
-    if row.shared == 0:
-        return TailCall(row.start, row.start + row.tail, None, None)
+def _split(cluster: Sequence[_Row]) -> list[_Group]:
+    """Longest tails first, so that one long tail does not pad all the others."""
+    groups: list[list[_Row]] = []
+    for row in sorted(cluster, key=lambda row: -row.tail):
+        if groups:
+            batch = groups[-1]
+            cells = (len(batch) + 1) * batch[0].tail * max(r.length for r in [*batch, row])
+            short = len(batch) >= MIN_BATCHED_ROWS and row.tail < TAIL_RATIO * batch[0].tail
+            if cells <= MAX_BATCHED_CELLS and not short:
+                batch.append(row)
+                continue
+        groups.append([row])
+    common = _common(cluster) if cluster else 0
+    return [_Group(tuple(batch), common if len(batch) > 1 else None) for batch in groups]
+
+
+def _slots(trie: Sequence[_Row], groups: Sequence[_Group]) -> Ints:
+    """Slot of every node, by the order of the calls; -1 for the last tokens of rows, which have none."""
+    slots = np.full(1 + max(int(row.nodes[-1]) for row in trie), -1, dtype=np.int64)
+    start = 0
+    for row in (row for group in groups for row in group.rows):
+        slots[row.nodes[row.shared : row.shared + row.tail]] = np.arange(start, start + row.tail)
+        start += row.tail
+    return slots
+
+
+def _call(group: _Group, slots: Ints, device: torch.device) -> TailCall | BatchedCall:
+    if group.common is None:
+        return _tail_call(group.rows[0], slots, device)
+    return _batched_call(group.rows, group.common, slots, device)
+
+
+def _tail_call(row: _Row, slots: Ints, device: torch.device) -> TailCall:
+    path = slots[row.nodes[:-1]]
     keys, queries = row.length - 1, row.tail
+    start = int(path[row.shared])
+    if row.shared == 0:
+        return TailCall(start, start + queries, None, None)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return TailCall(row.start, row.start + row.tail, torch.as_tensor(row.slots, device=device), mask)
+    return TailCall(start, start + queries, torch.as_tensor(path, device=device), mask)
 
 
-def _batched_call(rows: Sequence[_Row], device: torch.device) -> BatchedCall:
-    common = _common(rows)
+def _batched_call(rows: Sequence[_Row], common: int, slots: Ints, device: torch.device) -> BatchedCall:
+    paths = [slots[row.nodes[:-1]] for row in rows]
+    starts = [int(path[row.shared]) for row, path in zip(rows, paths, strict=True)]
     tail = max(row.tail for row in rows)
-    own = max(row.length - 1 - common for row in rows)
-    start, stop = rows[0].start, rows[-1].start + rows[-1].tail
-    queries = np.full((len(rows), tail), start, dtype=np.int64)
+    own = max(len(path) - common for path in paths)
+    queries = np.full((len(rows), tail), starts[0], dtype=np.int64)
     padding = np.ones((len(rows), tail), dtype=np.bool_)
-    keys = np.full((len(rows), own), start, dtype=np.int64)
+    keys = np.full((len(rows), own), starts[0], dtype=np.int64)
     allowed = np.zeros((len(rows), tail, own), dtype=np.bool_)
     allowed[:, :, 0] = True
     unpad = []
-    for index, row in enumerate(rows):
-        queries[index, : row.tail] = np.arange(row.start, row.start + row.tail)
+    for index, (row, path, start) in enumerate(zip(rows, paths, starts, strict=True)):
+        queries[index, : row.tail] = np.arange(start, start + row.tail)
         padding[index, : row.tail] = False
-        keys[index, : row.length - 1 - common] = row.slots[common:]
+        keys[index, : len(path) - common] = path[common:]
         seen = row.shared - common + np.arange(row.tail)[:, None]
         allowed[index, : row.tail] = np.arange(own)[None, :] <= seen
         unpad.append(index * tail + np.arange(row.tail))
@@ -231,9 +264,9 @@ def _batched_call(rows: Sequence[_Row], device: torch.device) -> BatchedCall:
         return torch.as_tensor(values, device=device)
 
     return BatchedCall(
-        start=start,
-        stop=stop,
-        common=tensor(rows[0].slots[:common]),
+        start=starts[0],
+        stop=starts[-1] + rows[-1].tail,
+        common=tensor(paths[0][:common]),
         queries=tensor(queries.reshape(-1)),
         padding=tensor(padding.reshape(-1)),
         keys=tensor(keys.reshape(-1)),
