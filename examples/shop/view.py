@@ -82,7 +82,7 @@ class PlainView:
             return
         self._last = time.monotonic()
         step = f"step {frame.step}/{frame.total_steps}, " if frame.total_steps else ""
-        now = f"now: {frame.activity} for {age(frame.activity_age_s)}" if frame.activity else "now: waiting"
+        now = f"now: {frame.activity} · {age(frame.activity_age_s)}" if frame.activity else "now: waiting"
         print(f"  [{age(frame.seconds)}] {frame.status}, {step}{now}; {ledger_line(frame.ledger)}", flush=True)
 
     def count(self, label: str, done: int, total: int) -> None:
