@@ -14,6 +14,7 @@ import httpcore
 import httpx
 
 from app.net.guard import EgressDenied, EgressPolicy, GuardedBackend
+from app.net.shards import ShardedTransport
 
 HttpClient = httpx.AsyncClient
 HttpLimits = httpx.Limits
@@ -64,7 +65,7 @@ def guarded_client(
     policy: EgressPolicy,
     *,
     timeout_s: float,
-    max_connections: int = 100,
+    max_connections: int = 512,
     backend: httpcore.AsyncNetworkBackend | None = None,
 ) -> httpx.AsyncClient:
     """A client for users' URLs: egress guard, no proxies from the environment, no redirects, no compression.
@@ -72,9 +73,9 @@ def guarded_client(
     timeout_s bounds each read and write; the connect limit is the smaller of it and 5 s. A refused destination raises
     EgressDenied. `backend` replaces the guarded network in tests.
     """
-    limits = _limits(max_connections)
+    guard = backend or GuardedBackend(policy)
     return httpx.AsyncClient(
-        transport=GuardedTransport(backend or GuardedBackend(policy), limits),
+        transport=ShardedTransport(lambda limits: GuardedTransport(guard, limits), max_connections),
         timeout=_timeout(timeout_s),
         trust_env=False,
         follow_redirects=False,
@@ -86,8 +87,7 @@ def guarded_client(
 def operator_client(*, timeout_s: float, max_connections: int = 1000) -> httpx.AsyncClient:
     """A client for the operator's own URLs (samplers, judges): unguarded, no proxies from the environment."""
     return httpx.AsyncClient(
-        verify=_tls_context(),
-        limits=_limits(max_connections),
+        transport=ShardedTransport(_open_transport, max_connections),
         timeout=_timeout(timeout_s),
         trust_env=False,
         follow_redirects=False,
@@ -95,17 +95,13 @@ def operator_client(*, timeout_s: float, max_connections: int = 1000) -> httpx.A
     )
 
 
+def _open_transport(limits: httpx.Limits) -> httpx.AsyncHTTPTransport:
+    return httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False, limits=limits)
+
+
 def _timeout(timeout_s: float) -> httpx.Timeout:
-    # A full pool is waited for as long as an answer: hundreds of calls start together at the start of a step.
+    # A turn is waited for as long as an answer: hundreds of calls start together at the start of a step.
     return httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
-
-
-def _limits(max_connections: int) -> httpx.Limits:
-    # uvicorn drops an idle connection after 5 s, which is also httpx's default: ours must be the first to let go,
-    # or a request now and then meets a closed door.
-    return httpx.Limits(
-        max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=3.0
-    )
 
 
 @functools.cache
