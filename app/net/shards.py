@@ -2,8 +2,8 @@
 
 Does not cover: which addresses may be dialled; each shard is a transport that already knows (`clients`).
 
-httpcore compares every waiting request with every connection each time anything happens in its pool. 500 requests at once
-over one pool of 100 cost 4.4 s of CPU (client and server), over shards 0.9 s; every step of a job starts with such a burst.
+httpcore compares every waiting request with every connection each time anything happens in its pool. 500 requests at
+once over one pool of 100 cost 4.4 s of CPU (client and server), over shards 0.9 s; a step starts with such a burst.
 Here no request ever waits inside a pool, and no pool has more than SHARD_CONNECTIONS.
 """
 
