@@ -125,13 +125,16 @@ def _key_id(key: bytes) -> str:
 
 
 def _map_headers(value: Any, context: str, change: Callable[[str, str], str]) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            key: {name: change(text, context) for name, text in inner.items()}
-            if key == "headers" and isinstance(inner, Mapping) and all(isinstance(v, str) for v in inner.values())
-            else _map_headers(inner, context, change)
-            for key, inner in value.items()
-        }
     if isinstance(value, list):
         return [_map_headers(entry, context, change) for entry in value]
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    changed = {}
+    for key, inner in value.items():
+        if key == "graders" and isinstance(inner, Mapping):  # names of parts, one of which may well be "headers"
+            changed[key] = {name: _map_headers(part, context, change) for name, part in inner.items()}
+        elif key == "headers" and isinstance(inner, Mapping):
+            changed[key] = {name: change(text, context) for name, text in inner.items()}
+        else:
+            changed[key] = _map_headers(inner, context, change)
+    return changed

@@ -81,7 +81,10 @@ def test_every_headers_object_of_a_document_is_sealed_and_opened() -> None:
     vault = Vault([OLD])
     document = {
         "tools": [{"name": "a", "headers": {"Authorization": "s3cr3t"}}],
-        "grader": {"type": "multi", "graders": {"g": {"url": "u", "headers": {"X": "s3cr3t"}}, "headers": {"type": 1}}},
+        "grader": {
+            "type": "multi",
+            "graders": {"g": {"url": "u", "headers": {"X": "s3cr3t"}}, "headers": {"type": "string_check"}},
+        },
     }
     sealed = vault.seal_headers(document, "r")
     assert "s3cr3t" not in str(sealed)
