@@ -39,6 +39,7 @@ class Runner:
         self.catalogue = Catalogue(settings.models_dir)
         self.presence = Presence(self.database, "runner", settings.hostname)
         self.children: dict[str, Child] = {}
+        self.reading: dict[str, asyncio.Task[None]] = {}
         self.stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -69,10 +70,17 @@ class Runner:
         async with self.database.begin() as session:
             await reconcile.take_back_expired(session, self.settings.max_crashes)
         for job_id in unread:
-            await validate_job(self.database, self.settings, self.catalogue, job_id, self.presence.id)
+            if job_id not in self.reading:  # beside the loop: a large file must not delay it
+                self.reading[job_id] = asyncio.create_task(self.read_files(job_id))
         for job_id in waiting:
             if len(self.children) < self.settings.runner_slots and job_id not in self.children:
                 self.children[job_id] = self.start(job_id)
+
+    async def read_files(self, job_id: str) -> None:
+        try:
+            await validate_job(self.database, self.settings, self.catalogue, job_id, self.presence.id)
+        finally:
+            del self.reading[job_id]
 
     def start(self, job_id: str) -> Child:
         log.info("starting the supervisor of %s", job_id)
@@ -83,6 +91,9 @@ class Runner:
         )
 
     async def shut_down(self) -> None:
+        for task in self.reading.values():
+            task.cancel()
+        await asyncio.gather(*self.reading.values(), return_exceptions=True)
         for child in self.children.values():
             child.terminate()
         await asyncio.gather(*(asyncio.to_thread(child.stop, GRACE_S) for child in self.children.values()))

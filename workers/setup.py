@@ -1,7 +1,7 @@
 """What a run needs before its first rollout, read from the claimed job: plan, rows, renderer, endpoints, grader.
 
-Does not cover: the samplers and the trainer, which `workers.run` starts. What can be wrong here fails the job before
-anything is spent (design §4.8), as a `JobFailure` with a code and a path into the request.
+Does not cover: the samplers and the trainer, which `workers.run` starts, and faults in the rows, which validation found
+before any worker was claimed. What is wrong here fails the job before anything is spent, as a `JobFailure`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from app.core.errors import ServiceError
 from app.core.settings import Settings
 from app.db.tables import Job
@@ -23,11 +22,12 @@ from app.files.storage import Storage
 from app.graders.base import Grader
 from app.graders.build import build_grader
 from app.graders.schemas import parse_grader
+from app.jobs.headers import open_headers
 from app.jobs.plan import Plan
 from app.models.catalogue import BaseModel, Catalogue, ModelError
 from app.net.clients import HttpClient, guarded_client
 from app.net.guard import EgressPolicy
-from app.rendering.protocol import ChatRenderer, RenderingError
+from app.rendering.protocol import ChatRenderer
 from app.rendering.registry import load_renderer
 from app.security.vault import load_vault
 from app.tools.http import EndpointUnreachable, ToolEndpoint, dial
@@ -77,7 +77,7 @@ async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Input
     except ModelError as error:
         raise JobFailure("model_not_found", str(error), "model") from error
     vault = load_vault(settings.secret_key.get_secret_value() if settings.secret_key else None, settings.root)
-    reinforcement = vault.open_headers(job.method, job.id)["reinforcement"]
+    reinforcement = open_headers(job.method, vault, job.id)["reinforcement"]
     http = guarded_client(
         EgressPolicy.parse(settings.egress_allow),
         timeout_s=max(plan.tool_timeout_s, plan.grader_timeout_s),
@@ -95,9 +95,6 @@ async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Input
         await loop.run_in_executor(executor, _read_rows, storage, job.validation_file) if job.validation_file else []
     )
     renderer = await loop.run_in_executor(executor, load_renderer, model)
-    context = min(model.context, settings.sampler_max_model_len)
-    for name, rows in (("training_file", train), ("validation_file", valid)):
-        await loop.run_in_executor(executor, _check_rendering, renderer, rows, context, name)
     return Inputs(
         job=job,
         plan=plan,
@@ -113,7 +110,7 @@ async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Input
             max_steps=plan.max_episode_steps,
             max_tokens_per_turn=plan.max_tokens_per_turn,
             max_tokens_per_episode=plan.max_tokens_per_episode,
-            context=context,
+            context=min(model.context, settings.sampler_max_model_len),
             tool_timeout_s=plan.tool_timeout_s,
             grader_timeout_s=plan.grader_timeout_s,
             rollout_timeout_s=plan.rollout_timeout_s,
@@ -157,19 +154,6 @@ def write_canary(path: Path, canary: list[list[int]]) -> str:
 def _read_rows(storage: Storage, file_id: str) -> list[Row]:
     with storage.open(file_id) as file:
         return [Row(line - 1, item) for line, item in jsonl.rows(file) if not isinstance(item, jsonl.BadRow)]
-
-
-def _check_rendering(renderer: ChatRenderer, rows: Sequence[Row], context: int, param: str) -> None:
-    for row in rows:
-        try:
-            length = len(renderer.prompt(list(row.messages), list(row.tools) or None))
-        except RenderingError as error:
-            code = "invalid_training_file" if param == "training_file" else "invalid_validation_file"
-            raise JobFailure(code, f"row {row.index + 1}: {error}", param, {"row": row.index + 1}) from error
-        if length >= context:
-            code = "invalid_training_file" if param == "training_file" else "invalid_validation_file"
-            message = f"row {row.index + 1}: the prompt has {length} tokens; the model's context is {context}"
-            raise JobFailure(code, message, param, {"row": row.index + 1, "field": "messages"})
 
 
 def _urls(grader: Mapping[str, Any], where: str) -> dict[str, str]:

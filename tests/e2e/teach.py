@@ -48,6 +48,7 @@ def teach(model: BaseModel, *, steps: int = 120, seed: int = 0) -> None:
     renderer = load_renderer(model)
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
     network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in range(steps):
