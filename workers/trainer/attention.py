@@ -66,72 +66,61 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, call: BatchedCall, scaling: float)
 
 
 class _Batched(torch.autograd.Function):
-    """softmax(q [common | own]ᵀ) [common | own] for all rows of a call, with explicit matrix products.
+    """softmax(q kᵀ) v for all rows of a call, with explicit matrix products over each row's path.
 
-    The kernels behind `scaled_dot_product_attention` on CPU cost 2–4 times as much on such short rows in bf16, most of
-    all backward; and their key gradients would be summed over rows in bf16, here in fp32.
+    The kernels behind `scaled_dot_product_attention` on CPU cost about twice as much on such short rows in bf16, most
+    of it backward. The common prefix is copied to every row: a copy of keys is small against the probabilities, which
+    then never have to be split, joined or transposed. Key gradients are summed over rows in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: BatchedCall, scaling: float) -> Tensor:
-        heads = q.shape[1]
-        kv_heads = k.shape[1]
-        # [Hkv, rows, tail * group, D]: the heads of a group share their keys, so they are more queries of one matrix.
-        padded = _to_rows(q.index_select(0, call.queries - call.start) * scaling, call.rows, kv_heads)
-        common_k, common_v = (x.index_select(0, call.common).transpose(0, 1).contiguous() for x in (k, v))
-        own_k, own_v = (_to_rows(x.index_select(0, call.keys), call.rows, kv_heads) for x in (k, v))
-        blocked = call.blocked.repeat_interleave(heads // kv_heads, dim=1)
-        own = (padded @ own_k.transpose(-1, -2)).masked_fill_(blocked, float("-inf"))
-        shared = (padded.flatten(1, 2) @ common_k.transpose(-1, -2)).view(*padded.shape[:-1], -1)
-        probs = torch.softmax(torch.cat([shared, own], dim=-1), dim=-1)
-        c = common_k.shape[1]
-        out = probs[..., c:] @ own_v
-        out += (probs[..., :c].flatten(1, 2) @ common_v).view_as(out)
-        ctx.save_for_backward(padded, common_k, common_v, own_k, own_v, probs)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        # [rows * Hkv, tail * group, D]: the heads of a group share their keys, so they are more queries of one matrix.
+        queries = _to_rows(q.index_select(0, call.queries - call.start) * scaling, call.rows, kv_heads)
+        keys, values = (_to_rows(x.index_select(0, call.keys.flatten()), call.rows, kv_heads) for x in (k, v))
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        blocked = call.blocked.repeat_interleave(heads // kv_heads, dim=1)[:, None]
+        scores.view(call.rows, kv_heads, *scores.shape[1:])[..., call.common :].masked_fill_(blocked, float("-inf"))
+        probs = torch.softmax(scores, dim=-1)
+        ctx.save_for_backward(queries, keys, values, probs)
         ctx.call, ctx.scaling, ctx.slots = call, scaling, k.shape[0]
-        return _from_rows(out, heads).index_select(0, call.unpad)
+        return _from_rows(torch.bmm(probs, values), call.rows, heads).index_select(0, call.unpad)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        padded, common_k, common_v, own_k, own_v, probs = ctx.saved_tensors
+        queries, keys, values, probs = ctx.saved_tensors
         call: BatchedCall = ctx.call
-        (grad,) = grads
-        heads, kv_heads, c = grad.shape[1], common_k.shape[0], common_k.shape[1]
-        grad = grad.index_select(0, call.queries - call.start).masked_fill_(call.padding[:, None, None], 0.0)
+        heads, kv_heads = grads[0].shape[1], keys.shape[0] // call.rows
+        grad = grads[0].index_select(0, call.queries - call.start).masked_fill_(call.padding[:, None, None], 0.0)
         grad = _to_rows(grad, call.rows, kv_heads)
-        flat_grad, flat_q = grad.flatten(1, 2), padded.flatten(1, 2)
-        d_probs = torch.cat(
-            [(flat_grad @ common_v.transpose(-1, -2)).view(*grad.shape[:-1], -1), grad @ own_v.transpose(-1, -2)], -1
-        )
+        d_probs = torch.bmm(grad, values.transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-        d_common, d_own = d_scores[..., :c].flatten(1, 2), d_scores[..., c:]
-        d_q = d_own @ own_k
-        d_q += (d_common @ common_k).view_as(d_q)
-        d_q = _from_rows(d_q, heads).index_select(0, call.unpad) * ctx.scaling
-        d_k = _key_grad(ctx, d_common.transpose(-1, -2) @ flat_q, d_own.transpose(-1, -2) @ padded)
-        p_common, p_own = probs[..., :c].flatten(1, 2), probs[..., c:]
-        d_v = _key_grad(ctx, p_common.transpose(-1, -2) @ flat_grad, p_own.transpose(-1, -2) @ grad)
+        d_q = _from_rows(torch.bmm(d_scores, keys), call.rows, heads).index_select(0, call.unpad) * ctx.scaling
+        d_k = _key_grad(torch.bmm(d_scores.transpose(1, 2), queries), call, ctx.slots)
+        d_v = _key_grad(torch.bmm(probs.transpose(1, 2), grad), call, ctx.slots)
         return d_q, d_k, d_v, None, None
 
 
-def _key_grad(ctx: Any, common: Tensor, own: Tensor) -> Tensor:
-    """Sum key gradients back into slots, in fp32: common [Hkv, c, D] and own [Hkv, rows, K, D] → [N, Hkv, D]."""
-    call: BatchedCall = ctx.call
-    total = torch.zeros(ctx.slots, common.shape[0], common.shape[2], dtype=torch.float32, device=common.device)
-    total.index_add_(0, call.keys, own.flatten(1, 2).transpose(0, 1).float())
-    total.index_add_(0, call.common, common.transpose(0, 1).float())
-    return total.to(common.dtype)
+def _key_grad(grad: Tensor, call: BatchedCall, slots: int) -> Tensor:
+    """Sum the gradients of keys or values back into their slots: [rows * Hkv, path, D] → [N, Hkv, D]."""
+    grad = grad.view(call.rows, -1, *grad.shape[1:])
+    total = torch.zeros(slots, grad.shape[1], grad.shape[3], dtype=torch.float32, device=grad.device)
+    common, own = grad[:, :, : call.common], grad[:, :, call.common :]
+    total.index_add_(0, call.keys[0, : call.common], common.sum(0, dtype=torch.float32).transpose(0, 1))
+    total.index_add_(0, call.keys[:, call.common :].flatten(), own.transpose(1, 2).flatten(0, 1).float())
+    return total.to(grad.dtype)
 
 
 def _to_rows(tokens: Tensor, rows: int, kv_heads: int) -> Tensor:
-    """[rows * L, H, D] → [Hkv, rows, L * H / Hkv, D], contiguous."""
+    """[rows * L, H, D] → [rows * Hkv, L * H / Hkv, D], contiguous."""
     dim = tokens.shape[-1]
-    split = tokens.reshape(rows, -1, kv_heads, tokens.shape[1] // kv_heads, dim)
-    return split.permute(2, 0, 1, 3, 4).reshape(kv_heads, rows, -1, dim)
+    split = tokens.view(rows, -1, kv_heads, tokens.shape[1] // kv_heads, dim)
+    return split.permute(0, 2, 1, 3, 4).reshape(rows * kv_heads, -1, dim)
 
 
-def _from_rows(rows: Tensor, heads: int) -> Tensor:
-    """[Hkv, rows, L * H / Hkv, D] → [rows * L, H, D]."""
-    kv_heads, count, _, dim = rows.shape
-    split = rows.view(kv_heads, count, -1, heads // kv_heads, dim)
-    return split.permute(1, 2, 0, 3, 4).reshape(-1, heads, dim)
+def _from_rows(matrices: Tensor, rows: int, heads: int) -> Tensor:
+    """[rows * Hkv, L * H / Hkv, D] → [rows * L, H, D]."""
+    kv_heads, dim = matrices.shape[0] // rows, matrices.shape[-1]
+    split = matrices.view(rows, kv_heads, -1, heads // kv_heads, dim)
+    return split.permute(0, 2, 1, 3, 4).reshape(-1, heads, dim)

@@ -43,17 +43,17 @@ class TailCall:
 
 @dataclass(frozen=True)
 class BatchedCall:
-    """Consecutive rows attended together: keys = a prefix common to all of them, then each row's own part.
+    """Rows attended together: each row's keys are its path, of which all rows have the first `common` slots in common.
 
-    Padded queries repeat slot `start`, look at key 0 only and are dropped by `unpad`.
+    Padded queries repeat slot `start`, see the common prefix and one key more, and are dropped by `unpad`.
     """
 
     start: int
     stop: int
-    common: Tensor  # int64 [c] slots of the common prefix
+    common: int
     queries: Tensor  # int64 [rows * longest tail] slots, padded
     padding: Tensor  # bool [rows * longest tail], True = padding
-    keys: Tensor  # int64 [rows * longest own part] slots, padded
+    keys: Tensor  # int64 [rows, longest path] slots, padded
     blocked: Tensor  # bool [rows, longest tail, longest own part], True = must not attend
     unpad: Tensor  # int64 [stop - start] index into the padded queries
     rows: int
@@ -248,14 +248,14 @@ def _batched_call(rows: Sequence[_Row], common: int, slots: Ints, device: torch.
     own = max(len(path) - common for path in paths)
     queries = np.full((len(rows), tail), starts[0], dtype=np.int64)
     padding = np.ones((len(rows), tail), dtype=np.bool_)
-    keys = np.full((len(rows), own), starts[0], dtype=np.int64)
+    keys = np.full((len(rows), common + own), starts[0], dtype=np.int64)
     allowed = np.zeros((len(rows), tail, own), dtype=np.bool_)
     allowed[:, :, 0] = True
     unpad = []
     for index, (row, path, start) in enumerate(zip(rows, paths, starts, strict=True)):
         queries[index, : row.tail] = np.arange(start, start + row.tail)
         padding[index, : row.tail] = False
-        keys[index, : len(path) - common] = path[common:]
+        keys[index, : len(path)] = path
         seen = row.shared - common + np.arange(row.tail)[:, None]
         allowed[index, : row.tail] = np.arange(own)[None, :] <= seen
         unpad.append(index * tail + np.arange(row.tail))
@@ -266,10 +266,10 @@ def _batched_call(rows: Sequence[_Row], common: int, slots: Ints, device: torch.
     return BatchedCall(
         start=starts[0],
         stop=starts[-1] + rows[-1].tail,
-        common=tensor(paths[0][:common]),
+        common=common,
         queries=tensor(queries.reshape(-1)),
         padding=tensor(padding.reshape(-1)),
-        keys=tensor(keys.reshape(-1)),
+        keys=tensor(keys),
         blocked=tensor(~allowed),
         unpad=tensor(np.concatenate(unpad)),
         rows=len(rows),
