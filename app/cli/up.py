@@ -105,12 +105,16 @@ def _listen(settings: Settings) -> socket.socket:
     """The listening socket, bound before anything is started."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or str(error)
         raise CommandFailed(
             f"cannot listen on {settings.host} port {settings.port}: {reason}", fix="hone up --port 0 takes a free port"
         ) from None
+    # Inherited by every connection. asyncio sets it only on sockets made with an explicit protocol, unlike this one;
+    # without it each answer on a kept connection waits 40 ms for a delayed acknowledgement (44 against 4 ms measured).
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 @contextlib.contextmanager

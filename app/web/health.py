@@ -5,6 +5,8 @@ Does not cover: whether a sampler runs (chat starts one on demand) nor the deepe
 
 from __future__ import annotations
 
+from functools import cache
+
 from alembic.script import ScriptDirectory
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -34,9 +36,15 @@ async def healthz(database: DatabaseDep) -> JSONResponse:
     return JSONResponse({"status": "ok", "missing": {}})
 
 
+@cache
+def _head(url: str) -> str | None:
+    """The newest revision that this code knows; reading it imports every migration, so once."""
+    return ScriptDirectory.from_config(migrate.config(url)).get_current_head()
+
+
 async def problems(database: Database) -> dict[str, str]:
     """What keeps a job from being taken, by name; empty when nothing does."""
-    head = ScriptDirectory.from_config(migrate.config(database.url)).get_current_head()
+    head = _head(database.url)
     try:
         async with database.read() as session:
             revision = await session.scalar(text("SELECT version_num FROM alembic_version"))

@@ -52,6 +52,7 @@ def live_server(settings: Settings, migrated: Path) -> Iterator[LiveServer]:
     api_key = asyncio.run(create_key(settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, lifespan="on", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="live-server")
         thread.start()

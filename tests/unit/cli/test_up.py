@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
+from app.cli.up import _listen
+from app.core.settings import Settings
 from tests.unit.cli.test_command import hone
 
 START_S = 90.0
@@ -84,6 +87,11 @@ def test_killed_at_once_it_leaves_no_process_behind(tmp_path: Path) -> None:
         while _children(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert _children(tmp_path) == []
+
+
+def test_answers_do_not_wait_for_a_delayed_acknowledgement(tmp_path: Path) -> None:
+    with _listen(Settings(data_dir=tmp_path, port=0)) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_a_port_in_use_is_one_line_with_a_fix(tmp_path: Path) -> None:
