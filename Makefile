@@ -17,7 +17,7 @@ HONE_CONSTRAINTS := constraints-ci.txt
 endif
 endif
 
-.PHONY: setup demo test lint format openapi migration clean
+.PHONY: setup demo test lint lint-style lint-format lint-types lint-imports format openapi migration clean
 
 setup: $(STAMP)
 
@@ -33,11 +33,20 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-lint: setup
+# `make -k lint` goes on after the first that fails.
+lint: lint-style lint-format lint-types lint-imports
+
+lint-style: setup
 	$(BIN)/ruff check .
+
+lint-format: setup
 	$(BIN)/ruff format --check .
+
+lint-types: setup
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+lint-imports: setup
+	$(BIN)/lint-imports --no-logo
 
 format: setup
 	$(BIN)/ruff check --fix .
