@@ -121,7 +121,7 @@ class Service:
             if job.status in ("succeeded", "failed", "cancelled"):
                 return job
             time.sleep(0.2)
-        raise AssertionError(f"{job_id} did not end within {timeout_s} s: {job.to_json()}")
+        raise AssertionError(f"{job_id} did not end within {timeout_s} s: {job.to_json(warnings=False)}")
 
     def wait_until(self, job_id: str, condition: Any, timeout_s: float = 180.0) -> Any:
         """The job as soon as `condition(job)` holds; fails if it ends before."""
@@ -130,9 +130,9 @@ class Service:
             job = self.client.fine_tuning.jobs.retrieve(job_id)
             if condition(job):
                 return job
-            assert job.status not in ("succeeded", "failed", "cancelled"), job.to_json()
+            assert job.status not in ("succeeded", "failed", "cancelled"), job.to_json(warnings=False)
             time.sleep(0.05)
-        raise AssertionError(f"{job_id}: {condition} did not come true: {job.to_json()}")
+        raise AssertionError(f"{job_id}: {condition} did not come true: {job.to_json(warnings=False)}")
 
     def events(self, job_id: str) -> list[Any]:
         """Oldest first."""
@@ -157,6 +157,13 @@ class Service:
             if mine and all(needle in line for needle in needles):
                 found.append(int(entry.name))
         return sorted(found)
+
+    def wait_gone(self, needle: str, timeout_s: float = 20.0) -> None:
+        """Fails if a process of this installation with `needle` in its command line outlives the time."""
+        deadline = time.monotonic() + timeout_s
+        while left := self.processes(needle):
+            assert time.monotonic() < deadline, f"{needle} still runs: {left}"
+            time.sleep(0.1)
 
     def _upload(self, name: str, rows: list[dict[str, Any]]) -> str:
         data = "\n".join(json.dumps(row) for row in rows).encode()
