@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +187,42 @@ def test_the_digest_is_of_what_was_sent(client: OpenAI, http: httpx.Client) -> N
     rows = b"".join(json.dumps({"n": n}).encode() + b"\n" for n in range(100_000))
     made = client.files.create(file=("many.jsonl", io.BytesIO(rows)), purpose="fine-tune")
     assert http.get(f"/v1/files/{made.id}/content").content == rows
+
+
+def test_the_strict_client_accepts_our_objects(live_server: LiveServer) -> None:
+    with OpenAI(base_url=live_server.base_url, api_key=live_server.api_key, _strict_response_validation=True) as strict:
+        made = strict.files.create(file=("x.jsonl", ROWS), purpose="fine-tune")
+        assert strict.files.retrieve(made.id).id == made.id
+        assert [file.id for file in strict.files.list()] == [made.id]
+        assert strict.files.delete(made.id).deleted
+        assert strict.models.list().data == []
+
+
+def test_a_large_upload_without_a_key_gets_its_401(live_server: LiveServer) -> None:
+    big = io.BytesIO(b"x" * (32 * 1024**2))
+    with (
+        OpenAI(base_url=live_server.base_url, api_key="sk-wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.files.create(file=("big", big), purpose="user_data")
+    assert _stored(live_server) == []
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(live_server: LiveServer) -> None:
+    host, port = live_server.url.removeprefix("http://").split(":")
+    head = (
+        "POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n"
+        f"Authorization: Bearer {live_server.api_key}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
+        '--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"x" * 2_000_000)
+        _until(lambda: len(_stored(live_server)) == 1)
+    _until(lambda: _stored(live_server) == [])
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
