@@ -12,9 +12,8 @@ import base64
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -70,14 +69,6 @@ class Vault:
         """False when `token` should be sealed again because its key was rotated out of first place."""
         return token.startswith(f"{_VERSION}.{self._current}.")
 
-    def seal_headers(self, document: Any, context: str) -> Any:
-        """A copy of a JSON document in which the values of every `headers` object are sealed."""
-        return _map_headers(document, context, self.seal)
-
-    def open_headers(self, document: Any, context: str) -> Any:
-        """The reverse of `seal_headers`, for the same context."""
-        return _map_headers(document, context, self.open)
-
 
 def load_vault(secret_key: str | None, data_dir: Path) -> Vault:
     """The vault of this installation: keys from the setting (newest first, separated by commas), else the key file.
@@ -122,19 +113,3 @@ def _derive(secret: str) -> bytes:
 
 def _key_id(key: bytes) -> str:
     return hashlib.sha256(b"hone key id" + key).hexdigest()[:8]
-
-
-def _map_headers(value: Any, context: str, change: Callable[[str, str], str]) -> Any:
-    if isinstance(value, list):
-        return [_map_headers(entry, context, change) for entry in value]
-    if not isinstance(value, Mapping):
-        return value
-    changed = {}
-    for key, inner in value.items():
-        if key == "graders" and isinstance(inner, Mapping):  # names of parts, one of which may well be "headers"
-            changed[key] = {name: _map_headers(part, context, change) for name, part in inner.items()}
-        elif key == "headers" and isinstance(inner, Mapping):
-            changed[key] = {name: change(text, context) for name, text in inner.items()}
-        else:
-            changed[key] = _map_headers(inner, context, change)
-    return changed
