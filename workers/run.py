@@ -7,14 +7,11 @@ batch k is sampled from version k-1, so sampler and trainer take turns; overlap 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +21,11 @@ from app.core.states import RolloutState
 from app.db.engine import Database
 from app.files.storage import Storage
 from app.jobs.leases import Claim
-from app.samplers.service import Adapter, Samplers
+from app.samplers.service import Samplers
 from workers.batch import write_batch
 from workers.heartbeat import Heartbeat
 from workers.messages import LoraSpec, Progress, Published, Start, Step, StepDone
+from workers.publication import Publisher
 from workers.registry import Registry, StepRecord
 from workers.results import table, write_result_file
 from workers.rollouts import metrics
@@ -38,11 +36,9 @@ from workers.rollouts.stream import RowStream
 from workers.rollouts.trajectory import Setting
 from workers.rollouts.types import Ended, Group
 from workers.sampler.policy import ServedPolicy
-from workers.sampler.proof import Match, WrongPolicy, compare, limit_for
 from workers.setup import Inputs, JobFailure, dial_endpoints, read_inputs, write_canary
 from workers.trainer_link import TrainerLink
-
-log = logging.getLogger("hone.run")
+from workers.validation import Validator
 
 EMPTY_STEPS_LIMIT = 3  # steps in a row without anything to learn from
 
@@ -80,8 +76,7 @@ class Run:
         self.empty_steps = int(cursor.get("empty_steps", 0))
         self.snapshot = (claim.snapshot.path, claim.snapshot.sha256) if claim.snapshot else ("", "")
         self.last_data: dict[str, Any] = {}
-        self.baseline_mismatch: float | None = None
-        self.dtypes = ("bfloat16", "bfloat16")  # of the sampler, of the trainer; known once a sampler lives
+        self.publisher: Publisher | None = None  # once the engines run
 
     async def execute(self) -> None:
         """Run with the flusher and the pin keeper beside; a lost lease in either ends the run."""
@@ -120,19 +115,21 @@ class Run:
             group_size=inputs.plan.group_size,
             limit=self.settings.max_concurrent_rollouts,
         )
+        validator = Validator(pool, self.recorder, inputs.valid, inputs.plan.eval_samples)
         try:
             history = await self.registry.metrics_history()
             if not any(data["step"] == 0 and "valid" in data for data in history):
-                await self._evaluate(inputs, pool, greedy=True)  # the baseline, on v0 = the base
+                self.last_data = {"step": 0, "total_steps": inputs.plan.total_steps}
+                await self._validate(inputs, validator)  # the baseline, on v0 = the base
             elif self.step and self._evaluates(inputs) and not await self.registry.has_checkpoint(self.step):
                 self.last_data = next(data for data in reversed(history) if data["step"] == self.step)
-                await self._evaluate(inputs, pool, greedy=self.step == inputs.plan.total_steps)
+                await self._validate(inputs, validator)
                 await self._checkpoint()
             stream = RowStream(inputs.train, inputs.plan.seed, self.position)
             while self.step < inputs.plan.total_steps:
                 await self._step(inputs, pool, stream)
                 if self._evaluates(inputs):
-                    await self._evaluate(inputs, pool, greedy=self.step == inputs.plan.total_steps)
+                    await self._validate(inputs, validator)
                     await self._checkpoint()
         except TooManyFailures as error:
             raise JobFailure(error.state, f"The job stopped: {error}") from error
@@ -154,7 +151,7 @@ class Run:
             sampler = await self.policy.start(self.settings.sampler_start_s)
             served = str(sampler.info.get("dtype", "bfloat16"))
             wanted = self.settings.trainer_dtype
-            self.dtypes = (served, served if wanted == "auto" else wanted)
+            dtypes = (served, served if wanted == "auto" else wanted)
             await self.policy.clear_leftovers(self.job.id, self.adapters_dir)
             self.recorder.activity("starting the trainer")
             self.trainer.on_progress = self._on_progress
@@ -171,7 +168,7 @@ class Run:
                     learning_rate=inputs.plan.learning_rate,
                     loss_type=inputs.plan.loss_type,
                     lora=LoraSpec(inputs.plan.lora_rank, inputs.plan.lora_alpha, inputs.plan.lora_targets),
-                    dtype=self.dtypes[1],
+                    dtype=dtypes[1],
                     threads=self.settings.cpu_threads,
                     snapshot=self.snapshot[0] or None,
                     temperature=inputs.plan.temperature,
@@ -181,7 +178,8 @@ class Run:
             raise JobFailure(
                 "resume_mismatch", f"the trainer stands at version {ready.step}, the job at {self.version}"
             )
-        await self._publish(inputs, ready.adapter)
+        self.publisher = Publisher(self.policy, inputs.canary, dtypes)
+        await self._publish(ready.adapter)
 
     def _on_progress(self, progress: Progress) -> None:
         total = f" of {progress.total}" if progress.total else ""
@@ -239,9 +237,15 @@ class Run:
             done = await self.trainer.step(Step(self.version + 1, str(batch_file), sha256))
         previous, self.version = self.version, self.version + 1
         self.snapshot = (done.snapshot, done.snapshot_sha256)
-        await self._publish(inputs, done.adapter)
+        await self._publish(done.adapter)
         await self.policy.retire(previous)
         return done
+
+    async def _publish(self, adapter: Published) -> None:
+        with self._phase("publication"):
+            self.recorder.activity(f"publishing version {adapter.version}")
+            assert self.publisher is not None
+            await self.publisher.publish(adapter)
 
     async def _note_empty(self, rollouts: StepRollouts, empty: int) -> None:
         """A step without signal moves nothing; say why, and stop when it goes on like this."""
@@ -259,73 +263,17 @@ class Run:
         if empty >= EMPTY_STEPS_LIMIT and self.version == 0:
             raise JobFailure("no_signal", f"{empty} steps in a row had nothing to learn from ({meaning}): {figures}")
 
-    # --- publication ------------------------------------------------------------------------------------------------
-
-    async def _publish(self, inputs: Inputs, adapter: Published) -> None:
-        """Load a version into the samplers and prove it before anything is sampled from it. Raises `JobFailure`."""
-        with self._phase("publication"):
-            self.recorder.activity(f"publishing version {adapter.version}")
-            await self.policy.publish(adapter.version, Adapter(adapter.name, adapter.path))
-            trained = json.loads(await asyncio.to_thread(Path(adapter.canary_log_probs).read_text))
-            limit = limit_for(*self.dtypes, self.baseline_mismatch)
-            match = compare(await self.policy.score(adapter.name, inputs.canary), trained, limit)
-            if adapter.version == 0:
-                base = compare(
-                    await self.policy.score(self.policy.base_model, inputs.canary),
-                    await self.policy.score(adapter.name, inputs.canary),
-                    limit,
-                )
-                self.baseline_mismatch = match.mean_abs
-                await self._prove(base, "version 0 (B = 0) does not equal the base model")
-            await self._prove(match, f"the sampler's version {adapter.version} is not the trainer's")
-            log.info("published %s: %s", adapter.name, match.as_dict())
-
-    async def _prove(self, match: Match, otherwise: str) -> None:
-        if not match.holds:
-            figures = f"mean |difference| {match.mean_abs:.4g} over {match.tokens} tokens, limit {match.limit:.4g}"
-            message = f"{otherwise}: {figures}"
-            raise JobFailure("policy_mismatch", message, None, match.as_dict()) from WrongPolicy(message)
-
     # --- validation and checkpoints ---------------------------------------------------------------------------------
 
     def _evaluates(self, inputs: Inputs) -> bool:
         plan = inputs.plan
         return self.step == plan.total_steps or self.step % plan.eval_interval == 0
 
-    async def _evaluate(self, inputs: Inputs, pool: Pool, *, greedy: bool) -> None:
-        """A validation pass at the current version with the same tool loop; sampled always, greedy on request."""
-        began = time.monotonic()
-        results: dict[str, Any] = {"greedy": None}
-        sampled: list[Ended] = []
-        for name, samples in (("sampled", inputs.plan.eval_samples), ("greedy", 1)):
-            if name == "greedy" and not greedy:
-                continue
-            self.recorder.describe = partial(self._describe_validation, name, pool)
-            ended = await pool.evaluate(inputs.valid, self.step, self.version, samples=samples, greedy=name == "greedy")
-            results[name] = metrics.summary(ended)
-            sampled = ended if name == "sampled" else sampled
-        self.recorder.describe = lambda: None
-        elapsed = time.monotonic() - began
-        self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + elapsed
-        await self.recorder.flush()
-        facts = results["sampled"]
-        timing = dict(self.last_data.get("timing", {}).get("step", {}))
-        data = {
-            "step": self.step,
-            "total_steps": inputs.plan.total_steps,
-            **self.last_data,
-            "full_valid_mean_reward": facts["reward_mean"],
-            "full_valid_mean_parse_error": facts["tool_error_rate"],
-            "valid": results,
-            "scores": {**self.last_data.get("scores", {}), "valid_reward_mean": facts["reward_mean"]},
-            "valid_tools": metrics.tools(sampled, "valid"),
-            "timing": {"step": {**timing, "eval": elapsed}},
-        }
-        await self.registry.metrics(metrics.message(data), data)
-        self.last_data = data
-
-    def _describe_validation(self, name: str, pool: Pool) -> str:
-        return f"step {self.step}: {name} validation, {pool.describe()}"
+    async def _validate(self, inputs: Inputs, validator: Validator) -> None:
+        """Sampled after every interval; greedy too at the baseline and at the end."""
+        greedy = self.step in (0, inputs.plan.total_steps)
+        self.last_data = await validator.run(self.step, self.version, self.last_data, greedy=greedy)
+        await self.registry.metrics(metrics.message(self.last_data), self.last_data)
 
     async def _checkpoint(self) -> None:
         """Publish the current version as a public checkpoint; the last step's bears the final name."""

@@ -14,10 +14,6 @@ FP32_LIMIT = 1e-3  # mean |difference|; seen correct: 1e-5, seen wrong: 0.1
 BF16_LIMIT = 0.08  # seen correct: 0.031–0.056 over 256 tokens and more, seen wrong: 0.106–0.155
 
 
-class WrongPolicy(Exception):
-    """The sampler's log-probs are not the trainer's: this version must not be sampled from."""
-
-
 @dataclass(frozen=True)
 class Match:
     """How near the sampler is to the trainer on the canary. `k3`: mean of exp(d) - 1 - d, d = sampler - trainer."""
