@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import resource
 import tempfile
 import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the trainer process does; before torch is loaded
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +47,17 @@ def token_budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budge
     if device.type == "cuda":
         memory = int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = min(CPU_ACTIVATION_BYTES, int(free * MEMORY_SHARE))
+        memory = min(CPU_ACTIVATION_BYTES, int(available_memory() * MEMORY_SHARE))
     return Budget(max(512, memory // per_token))
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping: Linux counts reclaimable page cache in, `sysconf` does not."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def packed(rows: Sequence[Sequence[int]], budget: Budget) -> MicroBatches:

@@ -37,6 +37,10 @@ class EmptyBatch(Exception):
     """A batch without a trained token: Adam would move the weights on a zero gradient."""
 
 
+class UnsupportedLaunch(Exception):
+    """More than one process: the packed forward goes past the wrapper that would average gradients."""
+
+
 class UnknownLoss(Exception):
     """A loss whose micro-batch average is not the token mean of the step."""
 
@@ -78,6 +82,7 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
     ) -> None:
         self._next_rows, self._progress, self._hyper = next_rows, progress, hyper
         self._micro: MicroBatch | None = None
+        self._done = self._total = 0
         self.diagnostics = Diagnostics(hyper.epsilon)
         self.step_loss = self.grad_norm = 0.0
         super().__init__(
@@ -90,6 +95,8 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
             callbacks=[callback],
             optimizers=optimizers,
         )
+        if self.accelerator.num_processes > 1:
+            raise UnsupportedLaunch(f"{self.accelerator.num_processes} processes; the trainer runs in one")
         self.packs = packs(policy.get_base_model().config)
         self.budget = budget.token_budget(policy.config, policy.get_base_model().dtype, self.accelerator.device)
 
@@ -103,13 +110,14 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
         cut = (budget.packed if self.packs else budget.padded)([row.ids for row in rows], self.budget)
         self._set_checkpointing(cut.checkpoint)
         losses = []
-        for done, indices in enumerate(cut.rows):
-            self._progress(done, len(cut.rows))
+        self._done, self._total = 0, 2 * len(cut.rows)
+        self._progress(0, self._total)
+        for indices in cut.rows:
             self._micro = self._collate([rows[i] for i in indices], trained)
             self.diagnostics.forwarded_tokens += self._micro.forwarded
             losses.append(super().training_step(model, inputs, num_items_in_batch))
+            self._advance()
         self._micro = None
-        self._progress(len(cut.rows), len(cut.rows))
         loss = torch.stack(losses).sum()
         self.step_loss = loss.item()
         return loss
@@ -135,6 +143,7 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
             blank = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
             log_probs = blank.index_put(where, scores.log_probs)
             entropy = blank.index_put(where, scores.entropy)
+        self._advance()
         self.diagnostics.add(
             log_probs[where],
             micro.inputs["old_per_token_logps"][where],
@@ -142,6 +151,11 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
             micro.inputs["advantages"][where[0]],
         )
         return log_probs, entropy, aux
+
+    def _advance(self) -> None:
+        """A forward or a backward pass is done."""
+        self._done += 1
+        self._progress(self._done, self._total)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)

@@ -56,6 +56,9 @@ def add_adapter(base: Any, lora: LoraSpec, seed: int) -> PeftModel:
         policy = get_peft_model(base, config)
     except ValueError as error:
         raise UnsupportedModel(f"LoRA targets {list(lora.targets)}: {error}") from error
+    trained = {name.rpartition(".")[2] for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+    if missing := {target.rpartition(".")[2] for target in lora.targets} - trained:
+        raise UnsupportedModel(f"LoRA targets {sorted(missing)} match no module")
     layers.speed_up(policy)
     return policy
 

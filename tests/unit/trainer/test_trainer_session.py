@@ -14,8 +14,9 @@ from tiny_policy import Supervisor, make_rows, make_start, make_step
 from transformers import AutoModelForCausalLM
 
 from workers.batch import BatchError
-from workers.messages import Message, Progress, ProtocolError, Published, Ready, Start, StepDone, Stop
+from workers.messages import LoraSpec, Message, Progress, ProtocolError, Published, Ready, Start, StepDone, Stop
 from workers.trainer.durable import AlreadyPublished
+from workers.trainer.model import UnsupportedModel
 from workers.trainer.publish import BrokenAdapter
 from workers.trainer.session import Session
 from workers.trainer.snapshot import BrokenSnapshot
@@ -128,6 +129,12 @@ def test_a_name_is_never_published_twice(llama: Path, tmp_path: Path) -> None:
     run(make_start(tmp_path, llama), tmp_path, range(0))
     with pytest.raises(AlreadyPublished, match="job-a1-v0"):
         run(make_start(tmp_path, llama), tmp_path, range(0))
+
+
+def test_a_lora_target_that_matches_nothing_is_refused(llama: Path, tmp_path: Path) -> None:
+    start = make_start(tmp_path, llama, lora=LoraSpec(4, 8, ("q_proj", "query")))
+    with pytest.raises(UnsupportedModel, match="query"):
+        run(start, tmp_path, range(0))
 
 
 def test_a_batch_with_another_digest_is_refused(llama: Path, tmp_path: Path) -> None:
