@@ -26,6 +26,7 @@ MAX_BATCHED_TAIL = 256
 MAX_BATCHED_PATH = 1024
 MAX_BATCHED_CELLS = 16_000_000  # padded score cells per head in one batched call
 MIN_BATCHED_ROWS = 8  # below this, a shorter tail is padded rather than given another call
+MAX_ALONE_CELLS = 400_000  # a lone row with fewer score cells per head is a batch of one row
 TAIL_RATIO = 0.7  # above MIN_BATCHED_ROWS, a tail shorter than this share of the longest starts the next call
 
 Ints = NDArray[np.int64]
@@ -226,9 +227,10 @@ def _slots(trie: Sequence[_Row], groups: Sequence[_Group]) -> Ints:
 
 
 def _call(group: _Group, slots: Ints, device: torch.device) -> TailCall | BatchedCall:
-    if group.common is None:
-        return _tail_call(group.rows[0], slots, device)
-    return _batched_call(group.rows, group.common, slots, device)
+    row = group.rows[0]
+    if group.common is None and row.tail * row.length > MAX_ALONE_CELLS:
+        return _tail_call(row, slots, device)
+    return _batched_call(group.rows, group.common or 0, slots, device)
 
 
 def _tail_call(row: _Row, slots: Ints, device: torch.device) -> TailCall:

@@ -153,6 +153,7 @@ def test_long_tails_and_deep_paths_take_calls_of_their_own(
 ) -> None:
     monkeypatch.setattr("workers.trainer.packing.MAX_BATCHED_TAIL", 12)
     monkeypatch.setattr("workers.trainer.packing.MAX_BATCHED_CELLS", 2_000)
+    monkeypatch.setattr("workers.trainer.packing.MAX_ALONE_CELLS", 100)
     rows = make_rows(5)
     gradients, _ = update(load(llama), rows, tmp_path)
     assert difference(gradients, reference(llama, rows)[0]) < 1e-5
