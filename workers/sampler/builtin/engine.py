@@ -23,6 +23,7 @@ from workers.sampler.builtin.generation import (
     Outcome,
     RequestRefused,
 )
+from workers.sampler.builtin.kv import PoolShelf
 from workers.sampler.builtin.lane import Lane, Running
 from workers.sampler.builtin.model import LoadedModel, ServedWeights
 from workers.sampler.builtin.text import Decoder, StopStrings
@@ -76,6 +77,7 @@ class Engine:
         self.model, self.base_name, self.limits = model, base_name, limits
         self.counters = Counters()
         self._decoder = decoder
+        self._shelf = PoolShelf(model.shape)
         self._wake = threading.Condition()
         self._inbox = _Inbox()
         self._dead: str | None = None
@@ -188,7 +190,7 @@ class Engine:
         with torch.inference_mode():
             lane = Lane(
                 weights.module,
-                m.shape,
+                self._shelf,
                 m.groups,
                 m.eos,
                 max_rows=self.limits.max_rows,

@@ -165,7 +165,7 @@ class SlotPool:
     Allocated with calloc, so capacity that no token was written to costs no memory.
     """
 
-    def __init__(self, shape: KVShape, *, slots: int = 16, capacity: int = 256) -> None:
+    def __init__(self, shape: KVShape, *, slots: int = 64, capacity: int = 256) -> None:
         self.shape, self.slots, self.capacity = shape, slots, capacity
         self.keys, self.values = self._new(), self._new()
 
@@ -177,8 +177,8 @@ class SlotPool:
         raw = torch.from_numpy(np.zeros(size, np.uint8)).view(s.dtype)
         return raw.view(s.layers, self.slots, s.heads, self.capacity, s.dim)
 
-    def fit(self, slots: int, capacity: int, used: int) -> None:
-        """Grow to hold `slots` sequences of `capacity` tail tokens; the first `used` slots keep their content."""
+    def fit(self, slots: int, capacity: int, lengths: Sequence[int]) -> None:
+        """Grow to hold `slots` sequences of `capacity` tail tokens; slot i keeps its first `lengths[i]` tokens."""
         if slots <= self.slots and capacity <= self.capacity:
             return
         while self.slots < slots:
@@ -187,8 +187,11 @@ class SlotPool:
             self.capacity *= 2
         old_keys, old_values = self.keys, self.values
         self.keys, self.values = self._new(), self._new()
-        used, n = min(used, old_keys.shape[1]), old_keys.shape[3]
-        self.keys[:, :used, :, :n], self.values[:, :used, :, :n] = old_keys[:, :used], old_values[:, :used]
+        for slot, n in enumerate(lengths):  # no more than that: a copied page is a touched page
+            self.keys[:, slot, :, :n], self.values[:, slot, :, :n] = (
+                old_keys[:, slot, :, :n],
+                old_values[:, slot, :, :n],
+            )
 
     def tail(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a slot's first tokens, [layers, heads, length, dim]."""
@@ -215,3 +218,18 @@ class SlotPool:
                 store[:, slot, :, : length + by] = store[:, slot, :, -by:length].clone()
             else:
                 store[:, slot, :, by : length + by] = store[:, slot, :, :length].clone()
+
+
+class PoolShelf:
+    """Keeps one idle pool for the next version with work: its pages are already backed by memory."""
+
+    def __init__(self, shape: KVShape) -> None:
+        self.shape = shape
+        self._idle: SlotPool | None = None
+
+    def take(self) -> SlotPool:
+        pool, self._idle = self._idle, None
+        return pool or SlotPool(self.shape)
+
+    def give(self, pool: SlotPool) -> None:
+        self._idle = pool

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workers.sampler.builtin import attention, sampling
 from workers.sampler.builtin.generation import EngineFault, Generation, Outcome
-from workers.sampler.builtin.kv import Ids, KVShape, PrefixTree, Segment, SlotPool, common_prefix
+from workers.sampler.builtin.kv import Ids, PoolShelf, PrefixTree, Segment, SlotPool, common_prefix
 from workers.sampler.builtin.text import StopStrings
 
 CHUNK_BUDGET = 512  # prefill tokens a step
@@ -99,14 +99,16 @@ class _Inputs:
 
 class Lane:
     def __init__(
-        self, module: Any, shape: KVShape, groups: int, eos: frozenset[int], *, max_rows: int, max_tokens: int
+        self, module: Any, shelf: PoolShelf, groups: int, eos: frozenset[int], *, max_rows: int, max_tokens: int
     ) -> None:
         """`max_tokens`: what all running sequences together may still hold; one sequence is always let in."""
-        self.tree = PrefixTree(shape)
+        self.tree = PrefixTree(shelf.shape)
+        self._sampler = sampling.Sampler()
         self.waiting: deque[Running] = deque()
         self.rows: list[Running] = []  # row i has slot i
         self.pool: SlotPool | None = None
-        self._module, self._shape, self._groups, self._eos = module, shape, groups, eos
+        self._module, self._shelf, self._groups, self._eos = module, shelf, groups, eos
+        self._shape = shelf.shape
         self._max_rows, self._max_tokens = max_rows, max_tokens
 
     @property
@@ -211,8 +213,9 @@ class Lane:
 
     def _pool(self, capacity: int) -> SlotPool:
         if self.pool is None:
-            self.pool = SlotPool(self._shape)
-        self.pool.fit(len(self.rows), capacity, len(self.rows))
+            self.pool = self._shelf.take()
+        held = [0 if r.fresh else r.computed - r.tail_start for r in self.rows]
+        self.pool.fit(len(self.rows), capacity, held[: self.pool.slots])
         return self.pool
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ class Lane:
             if g.score_prompt and row.prefilling:
                 targets = row.ids[row.computed + 1 : min(stop + 1, row.prompt_length)]
                 if len(targets):
-                    row.scores += sampling.score(logits[at : at + len(targets)], torch.from_numpy(targets))
+                    row.scores += self._sampler.score(logits[at : at + len(targets)], torch.from_numpy(targets))
                 at += w.count
                 if stop == row.length:
                     samplers.append(row)
@@ -315,7 +318,7 @@ class Lane:
         if not samplers:
             return 0, []
         chosen = logits if sampled_at == list(range(len(logits))) else logits[sampled_at]
-        draws = sampling.draw(chosen, [sampling.Row(r.generation, r.rng, _Seen(r)) for r in samplers])
+        draws = self._sampler.draw(chosen, [sampling.Row(r.generation, r.rng, _Seen(r)) for r in samplers])
         ended: list[tuple[Running, Outcome | EngineFault]] = []
         for row, d in zip(samplers, draws, strict=True):
             if not np.isfinite(d.log_prob):
@@ -359,7 +362,8 @@ class Lane:
             if not last.fresh and self.pool is not None:
                 self.pool.move(len(self.rows), slot, last.computed - last.tail_start)
             self.rows[slot] = last
-        if not self.rows:
+        if not self.rows and self.pool is not None:
+            self._shelf.give(self.pool)
             self.pool = None
 
 

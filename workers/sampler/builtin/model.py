@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,7 +80,8 @@ class LoadedModel:
             if isinstance(layer, nn.Linear) and layer is not head
         }
         module.to(dtype)
-        ids = torch.arange(1, 17)[None] % self.vocabulary
+        # Spread over the vocabulary: the first ids are control tokens, on which bf16 alone moves log-probs by 0.8.
+        ids = (torch.arange(16) * 7919 + 4321)[None] % self.vocabulary
         expected = module(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         module.set_attn_implementation(attention.NAME)
         self._module = _twin(module)
@@ -106,7 +107,7 @@ class LoadedModel:
             else:
                 layer = nn.Linear(served.shape[1], served.shape[0], bias=False, device="meta")
                 layer.weight = nn.Parameter(served, requires_grad=False)
-                layer.bias = old.bias
+                layer.bias = cast(nn.Linear, old).bias
                 _replace(module, name, layer)
         return ServedWeights(module, size)
 
@@ -129,16 +130,17 @@ class LoadedModel:
                     input_ids=ids[:, start:stop], position_ids=torch.arange(start, stop)[None], use_cache=False
                 )
             got.append(out.logits[0].float().log_softmax(-1))
-        difference = float((torch.cat(got) - expected).abs().mean())
-        if not difference <= (1e-3 if self.dtype == torch.float32 else 0.15):
+        divergence = (expected.exp() * (expected - torch.cat(got))).sum(-1).median()
+        # Median over positions, since one odd token is chaotic in bf16; seen 0.003 in bf16 and 1e-9 in fp32.
+        if not float(divergence) <= (1e-4 if self.dtype == torch.float32 else 0.05):
             raise ModelRefused(
-                f"{self.path.name}: the engine's log-probs differ from the model's own by {difference:.3g} on average; "
-                "its attention is of a kind that the built-in engine does not compute. Serve it with vLLM."
+                f"the engine's distribution differs from the model's own by a KL of {divergence:.3g}: its attention is of "
+                "a kind that the built-in engine does not compute. Serve it with vLLM."
             )
 
 
 def packs(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

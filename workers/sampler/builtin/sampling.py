@@ -15,6 +15,8 @@ from torch import Tensor
 
 from workers.sampler.builtin.generation import Generation
 
+GROUP = 64  # rows whose weights are in memory at once: 12 MB at 49k tokens, 39 MB at 152k
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -29,35 +31,64 @@ class Row:
     seen: Sequence[int]  # prompt and completion so far, for the repetition penalty
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
-    """logits [rows, vocabulary] in any float dtype; row i is sampled as `rows[i]` asks."""
-    x = logits.float()
-    peak, best = x.max(-1)
-    blocks, totals = _weights(x, peak)
-    plain = [i for i, row in enumerate(rows) if row.params.plain]
-    tokens = best.clone()
-    if len(plain) == len(rows):
-        tokens = _invert(blocks, _uniforms(rows))
-    else:
-        if plain:
-            tokens[plain] = _invert(blocks[plain], _uniforms([rows[i] for i in plain]))
-        for i, row in enumerate(rows):
-            if not row.params.plain:
-                tokens[i] = _draw_filtered(x[i].clone(), row)
-    tokens.clamp_(max=x.shape[-1] - 1)
-    log_probs = x.gather(1, tokens[:, None])[:, 0].double() - peak.double() - totals.log()
-    return [Draw(t, p) for t, p in zip(tokens.tolist(), log_probs.tolist(), strict=True)]
+class Sampler:
+    """Holds the memory of one group of rows, since 12 MB from the system at every step cost more than the sampling."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0)
+
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
+        """logits [rows, vocabulary] in any float dtype; row i is sampled as `rows[i]` asks."""
+        draws: list[Draw] = []
+        for at in range(0, len(rows), GROUP):
+            draws += self._draw(logits[at : at + GROUP], rows[at : at + GROUP])
+        return draws
+
+    def score(self, logits: Tensor, targets: Tensor) -> list[tuple[float, int]]:
+        """Log-probability and rank (1 is the most likely) of each target under its row of logits."""
+        scores: list[tuple[float, int]] = []
+        for at in range(0, len(targets), GROUP):
+            x, wanted = logits[at : at + GROUP], targets[at : at + GROUP, None]
+            peak = x.amax(-1).float()
+            chosen = x.gather(1, wanted)
+            log_probs = _log_probs(chosen, peak, self._weights(x, peak))
+            ranks = (x > chosen).sum(-1) + 1
+            scores += zip(log_probs.tolist(), ranks.tolist(), strict=True)
+        return scores
+
+    def _draw(self, x: Tensor, rows: Sequence[Row]) -> list[Draw]:
+        peak = x.amax(-1).float()
+        blocks = self._weights(x, peak)
+        plain = [i for i, row in enumerate(rows) if row.params.plain]
+        if len(plain) == len(rows):
+            tokens = _invert(blocks, _uniforms(rows))
+        else:
+            tokens = torch.zeros(len(rows), dtype=torch.int64)
+            if plain:
+                tokens[plain] = _invert(blocks[plain], _uniforms([rows[i] for i in plain]))
+            for i, row in enumerate(rows):
+                if not row.params.plain:
+                    tokens[i] = _draw_filtered(x[i].float(), row)
+        tokens.clamp_(max=x.shape[-1] - 1)
+        log_probs = _log_probs(x.gather(1, tokens[:, None]), peak, blocks)
+        return [Draw(t, p) for t, p in zip(tokens.tolist(), log_probs.tolist(), strict=True)]
+
+    def _weights(self, x: Tensor, peak: Tensor) -> Tensor:
+        """exp(x - peak) as float32 in blocks [rows, blocks, size], zero behind the vocabulary; valid until the next call."""
+        rows, vocabulary = x.shape
+        size = _block(vocabulary)
+        padded = -(-vocabulary // size) * size
+        if self._scratch.numel() < rows * padded:
+            self._scratch = torch.zeros(rows * padded)
+        scratch = self._scratch[: rows * padded].view(rows, padded)
+        scratch[:, :vocabulary].copy_(x).sub_(peak[:, None]).exp_()
+        scratch[:, vocabulary:] = 0.0
+        return scratch.view(rows, -1, size)
 
 
-def score(logits: Tensor, targets: Tensor) -> list[tuple[float, int]]:
-    """Log-probability and rank (1 is the most likely) of each target under its row of logits."""
-    x = logits.float()
-    peak = x.max(-1).values
-    _, totals = _weights(x, peak)
-    chosen = x.gather(1, targets[:, None])
-    ranks = (x > chosen).sum(-1) + 1
-    log_probs = chosen[:, 0].double() - peak.double() - totals.log()
-    return list(zip(log_probs.tolist(), ranks.tolist(), strict=True))
+def _log_probs(chosen: Tensor, peak: Tensor, blocks: Tensor) -> Tensor:
+    """float64 log-softmax of the chosen logits [rows, 1]; the total is summed by blocks, so float32 weights suffice."""
+    return chosen[:, 0].double() - peak.double() - blocks.sum(-1).double().sum(-1).log()
 
 
 def _uniforms(rows: Sequence[Row]) -> Tensor:
@@ -67,17 +98,6 @@ def _uniforms(rows: Sequence[Row]) -> Tensor:
 def _block(vocabulary: int) -> int:
     size = math.gcd(vocabulary, 512)
     return size if size >= 32 else 256
-
-
-def _weights(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x - peak) in blocks [rows, blocks, size], zero behind the vocabulary; and its sum per row in float64."""
-    weights = (x - peak[:, None]).exp_()
-    size = _block(x.shape[-1])
-    short = -x.shape[-1] % size
-    if short:
-        weights = F.pad(weights, (0, short))
-    blocks = weights.view(len(x), -1, size)
-    return blocks, blocks.sum(-1).double().sum(-1)
 
 
 def _invert(blocks: Tensor, uniforms: Tensor) -> Tensor:
@@ -109,5 +129,6 @@ def _draw_filtered(x: Tensor, row: Row) -> Tensor:
         ordered, order = x.sort(descending=True)
         probs = ordered.softmax(-1)
         x[order[probs.cumsum(-1) - probs >= p.top_p]] = -torch.inf  # the first token to cross the line stays
-    blocks, _ = _weights(x[None], x.max()[None])
-    return _invert(blocks, _uniforms([row]))[0]
+    size = _block(len(x))
+    weights = F.pad((x - x.max()).exp_(), (0, -len(x) % size))
+    return _invert(weights.view(1, -1, size), _uniforms([row]))[0]

@@ -79,7 +79,7 @@ def build_app(engine: Engine, decoder: Decoder, about: dict[str, Any]) -> Starle
         ],
         exception_handlers={
             RequestRefused: _refused,
-            HTTPException: lambda _, e: JSONResponse({"detail": e.detail}, e.status_code),  # type: ignore[attr-defined]
+            HTTPException: lambda _, e: JSONResponse({"detail": e.detail}, e.status_code),
         },
     )
 
