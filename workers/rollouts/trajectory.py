@@ -235,7 +235,7 @@ async def _bridge(
 
 async def _grade(setting: Setting, trajectory: Trajectory, context: CallContext, deadline: float) -> Grade:
     reason = trajectory.stop_reason
-    finish = "length" if trajectory.truncated else "tool_calls" if reason is StopReason.MAX_STEPS else "stop"
+    finish = "tool_calls" if reason is StopReason.MAX_STEPS else "length" if trajectory.truncated else "stop"
     sample = sample_of_messages(trajectory.messages, finish_reason=finish)
     with _doing(trajectory, "waiting for the grader", "grading"):
         return await setting.grader.grade(sample, context.item, context, deadline=deadline)

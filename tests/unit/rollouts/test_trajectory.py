@@ -1,0 +1,307 @@
+"""One trajectory against scripted turns: its token history, how it ends, and what a fault becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.states import RolloutState
+from app.graders.base import GraderFailed, InvalidScore
+from app.rendering.registry import build_renderer
+from app.rendering.tokens import TextTokenizer
+from app.samplers.errors import SamplerUnavailable
+from tests.tiny import make_weightless_llama
+from tests.unit.rollouts.scripted import (
+    END,
+    LIMITS,
+    CharRenderer,
+    ScriptedGrader,
+    ScriptedPolicy,
+    Tools,
+    broken,
+    completion,
+    ids,
+    key,
+    row,
+    says,
+    setting,
+    text,
+)
+from workers.rollouts.trajectory import Setting, run_rollout
+from workers.rollouts.types import Ended, Row, StopReason, Trajectory
+
+LOOKUP = '!lookup {"item": "hat"}'
+
+
+async def roll(where: Setting, what: Row, **values: Any) -> Ended:
+    return await run_rollout(where, key(**values), what, Trajectory())
+
+
+def limited(**values: Any) -> Any:
+    return replace(LIMITS, **values)
+
+
+async def test_a_two_turn_episode_keeps_every_sampled_id_and_log_prob() -> None:
+    policy = ScriptedPolicy([f"let me see|{LOOKUP}", "84"])
+    found = await roll(setting(policy, tools=Tools(lookup=says("31"))), row(0, "lookup"))
+    trajectory = found.trajectory
+    first, second = completion(f"let me see|{LOOKUP}"), completion("84", turn=1)
+    prompt, between = "[lookup]<user>row 0<assistant>", "<tool>31<assistant>"
+    assert text(trajectory.ids) == f"{prompt}let me see|{LOOKUP}{END}{between}84{END}"
+    assert trajectory.mask == [0] * len(prompt) + [1] * len(first.token_ids) + [0] * len(between) + [1] * 3
+    assert trajectory.log_probs == [0.0] * len(prompt) + [*first.log_probs] + [0.0] * len(between) + [*second.log_probs]
+    assert list(policy.requests[1].prompt_ids) == trajectory.ids[:-3]
+    assert (found.reward, trajectory.stop_reason, trajectory.truncated) == (1.0, StopReason.FINAL, False)
+    assert (trajectory.prompt_tokens, trajectory.completion_tokens) == (len(prompt), len(first.token_ids) + 3)
+
+
+async def test_the_history_is_never_rendered_again() -> None:
+    class Once(CharRenderer):
+        prompts = 0
+
+        def prompt(self, *args: Any) -> list[int]:
+            self.prompts += 1
+            return super().prompt(*args)
+
+    renderer = Once()
+    await roll(
+        setting(ScriptedPolicy([LOOKUP, LOOKUP, "1"]), tools=Tools(lookup=says("x")), renderer=renderer),
+        row(0, "lookup"),
+    )
+    assert renderer.prompts == 1
+
+
+async def test_a_real_format_carries_the_sampled_ids_verbatim(tmp_path: Path) -> None:
+    renderer = build_renderer(make_weightless_llama(tmp_path / "tiny"))
+    call = '<tool_call>{"name": "lookup", "arguments": {"item": "hat"}}</tool_call>'
+    letters = TextTokenizer.load(tmp_path / "tiny", name="tiny")
+    # Spelled letter by letter: ids that this text would never be tokenised to.
+    said = [*(i for letter in call for i in letters.encode(letter)), *renderer.stop_token_ids[:1]]
+    assert said[:-1] != letters.encode(call)
+    turn = replace(completion(""), token_ids=tuple(said), log_probs=(-0.5,) * len(said))
+    policy = ScriptedPolicy([turn, replace(turn, token_ids=tuple(said[-1:]), log_probs=(-0.25,))])
+    trajectory = (
+        await roll(setting(policy, tools=Tools(lookup=says("31")), renderer=renderer), row(0, "lookup"))
+    ).trajectory
+    start = trajectory.prompt_tokens
+    assert trajectory.ids[start : start + len(said)] == said
+    assert len(trajectory.ids) == len(trajectory.mask) == len(trajectory.log_probs)
+    assert "31" in renderer.decode(trajectory.ids[start + len(said) :])
+
+
+async def test_tool_calls_carry_the_trace_and_the_row() -> None:
+    tools = Tools(lookup=says("31"))
+    found = await roll(setting(ScriptedPolicy([LOOKUP, "84"]), tools=tools), row(0, "lookup", price=3), id="trace_x")
+    assert tools.seen[0]["trace_id"] == "trace_x"
+    assert tools.seen[0]["item"]["price"] == 3
+    assert tools.seen[0]["arguments"] == '{"item": "hat"}'
+    assistant, result, final = found.trajectory.messages
+    assert assistant["tool_calls"][0]["id"] == tools.seen[0]["call_id"] == result["tool_call_id"]
+    assert (result["role"], result["content"], final["content"]) == ("tool", "31", "84")
+
+
+async def test_a_message_of_unreadable_calls_only_is_the_answer() -> None:
+    grader = ScriptedGrader(0.25)
+    found = await roll(setting(ScriptedPolicy(["hm|!lookup {"]), grader), row(0, "lookup"))
+    assert (found.trajectory.stop_reason, found.trajectory.invalid_calls) == (StopReason.INVALID_CALL, 1)
+    assert (found.reward, found.trajectory.truncated) == (0.25, False)
+    assert grader.seen[0][0].output_text == "hm\n!lookup {"  # what could not be read stays visible
+
+
+async def test_a_cut_message_ends_the_episode_and_its_calls_are_not_run() -> None:
+    tools, grader = Tools(lookup=says("31")), ScriptedGrader()
+    found = await roll(
+        setting(ScriptedPolicy([completion(LOOKUP, "length")]), grader, tools),
+        row(0, "lookup"),
+    )
+    assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.LENGTH, True)
+    assert tools.seen == []
+    assert grader.seen[0][0].choices[0]["finish_reason"] == "length"
+
+
+async def test_at_the_last_message_calls_are_not_run_and_the_episode_is_graded_as_truncated() -> None:
+    tools, grader = Tools(lookup=says("31")), ScriptedGrader(0.5)
+    found = await roll(setting(ScriptedPolicy([LOOKUP]), grader, tools, limits=limited(max_steps=2)), row(0, "lookup"))
+    assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.MAX_STEPS, True)
+    assert (len(tools.seen), len(found.trajectory.turns), found.reward) == (1, 2, 0.5)
+    assert grader.seen[0][0].choices[0]["finish_reason"] == "tool_calls"
+
+
+async def test_the_token_budget_of_an_episode_bounds_a_turn_and_then_ends_it() -> None:
+    said = len(LOOKUP) + 1
+    policy = ScriptedPolicy([LOOKUP])
+    where = setting(policy, tools=Tools(lookup=says("31")), limits=limited(max_tokens_per_episode=2 * said))
+    found = await roll(where, row(0, "lookup"))
+    assert [request.max_tokens for request in policy.requests] == [2 * said, said]
+    assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.TOKEN_BUDGET, True)
+
+
+async def test_a_turn_is_asked_for_no_more_than_the_context_holds() -> None:
+    policy = ScriptedPolicy([LOOKUP])
+    prompt = len("[lookup]<user>row 0<assistant>")
+    where = setting(policy, tools=Tools(lookup=says("x" * 50)), limits=limited(context=prompt + 60))
+    found = await roll(where, row(0, "lookup"))
+    assert [request.max_tokens for request in policy.requests] == [60]
+    assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.CONTEXT, True)
+
+
+async def test_a_format_that_cannot_extend_the_history_ends_the_episode() -> None:
+    renderer = CharRenderer()
+    renderer.holds = False
+    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), renderer=renderer)
+    found = await roll(where, row(0, "lookup"))
+    assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.NO_BRIDGE, True)
+    assert found.trajectory.messages[-1]["content"] == "31"
+
+
+async def test_a_bridge_that_changes_the_past_is_not_used() -> None:
+    class Rewriting(CharRenderer):
+        def bridge(self, prompt_ids: Any, *rest: Any) -> list[int] | None:
+            return super().bridge([0, *prompt_ids[1:]], *rest)
+
+    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), renderer=Rewriting())
+    found = await roll(where, row(0, "lookup"))
+    assert found.trajectory.stop_reason is StopReason.NO_BRIDGE
+    assert text(found.trajectory.ids).endswith(LOOKUP + END)
+
+
+async def test_calls_of_one_message_run_together_and_answer_in_order() -> None:
+    both, first_may_go = asyncio.Barrier(2), asyncio.Event()
+
+    async def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        await both.wait()  # both are there at once, or this never opens
+        await first_may_go.wait()
+        return 200, {"output": "slow"}
+
+    async def fast(body: dict[str, Any]) -> tuple[int, Any]:
+        await both.wait()
+        first_may_go.set()
+        return 200, {"output": "fast"}
+
+    where = setting(ScriptedPolicy(["!slow {}|!fast {}", "done"]), tools=Tools(slow=slow, fast=fast))
+    found = await asyncio.wait_for(roll(where, row(0, "slow", "fast")), 5)
+    assert [record.output for record in found.trajectory.tools] == ["slow", "fast"]
+    assert "<tool>slow<tool>fast<assistant>" in text(found.trajectory.ids)
+
+
+@pytest.mark.parametrize("offered", [("lookup",), ("lookup", "ghost")], ids=["not-offered", "without-endpoint"])
+async def test_an_unknown_tool_is_told_to_the_model_and_the_episode_goes_on(offered: tuple[str, ...]) -> None:
+    where = setting(ScriptedPolicy(["!ghost {}", "84"]), tools=Tools(lookup=says("31")))
+    found = await roll(where, row(0, *offered))
+    assert found.trajectory.messages[1]["content"] == "error: unknown tool 'ghost'"
+    assert (found.trajectory.invalid_calls, found.trajectory.stop_reason) == (1, StopReason.FINAL)
+
+
+async def test_a_tool_of_the_job_that_the_row_does_not_offer_is_not_called() -> None:
+    tools = Tools(lookup=says("31"), delete=says("gone"))
+    found = await roll(setting(ScriptedPolicy(["!delete {}", "84"]), tools=tools), row(0, "lookup"))
+    assert tools.seen == []
+    assert found.trajectory.invalid_calls == 1
+
+
+async def test_an_unreadable_call_beside_a_good_one_is_counted_and_the_good_one_is_run() -> None:
+    tools = Tools(lookup=says("31"))
+    found = await roll(setting(ScriptedPolicy([f"!lookup {{|{LOOKUP}", "84"]), tools=tools), row(0, "lookup"))
+    assert (len(tools.seen), found.trajectory.invalid_calls) == (1, 1)
+    assert len(found.trajectory.messages[0]["tool_calls"]) == 1
+    assert found.trajectory.stop_reason is StopReason.FINAL
+
+
+async def test_a_4xx_is_shown_to_the_model() -> None:
+    where = setting(ScriptedPolicy([LOOKUP, "sorry"]), tools=Tools(lookup=says("no such item", 404)))
+    found = await roll(where, row(0, "lookup"))
+    assert (found.state, found.reward) == (None, 1.0)
+    assert found.trajectory.messages[1]["content"] == "no such item"
+    assert (found.trajectory.tools[0].is_error, found.trajectory.tools[0].status) == (True, 404)
+
+
+async def test_a_failed_tool_discards_the_rollout_and_lets_the_siblings_of_its_turn_finish() -> None:
+    finished = []
+
+    async def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        await asyncio.sleep(0.05)
+        finished.append(body["name"])
+        return 200, {"output": "x"}
+
+    grader = ScriptedGrader()
+    where = setting(ScriptedPolicy(["!broken {}|!slow {}"]), grader, Tools(broken=broken, slow=slow))
+    found = await roll(where, row(0, "broken", "slow"))
+    assert (found.state, found.grade) == (RolloutState.TOOL_FAILED, None)
+    assert "broken" in (found.error or "")
+    assert finished == ["slow"]
+    assert grader.seen == []
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (GraderFailed("g", "http://g", 4, "answered 500"), RolloutState.GRADER_FAILED),
+        (InvalidScore("g", "NaN"), RolloutState.INVALID_SCORE),
+    ],
+)
+async def test_a_grader_that_gives_no_score_is_never_a_reward(error: Exception, state: RolloutState) -> None:
+    found = await roll(setting(ScriptedPolicy(["84"]), ScriptedGrader(error)), row())
+    assert (found.state, found.grade, found.error) == (state, None, str(error))
+
+
+async def test_a_sampler_fault_is_a_state_with_the_errors_name() -> None:
+    found = await roll(setting(ScriptedPolicy([SamplerUnavailable("gone", url="http://s")])), row())
+    assert found.state is RolloutState.SAMPLER_FAILED
+    assert found.error == "SamplerUnavailable: gone (http://s)"
+
+
+@pytest.mark.parametrize(("greedy", "temperature"), [(True, 0.0), (False, 1.0)])
+async def test_greedy_is_temperature_zero(greedy: bool, temperature: float) -> None:
+    policy = ScriptedPolicy(["84"])
+    await roll(setting(policy), row(), greedy=greedy)
+    assert policy.requests[0].temperature == temperature
+
+
+async def test_a_row_without_parallel_calls_stops_after_the_first() -> None:
+    policy = ScriptedPolicy(["84"])
+    for what in (row(0, "lookup", parallel_tool_calls=False), row(0, "lookup"), row(0, parallel_tool_calls=False)):
+        await roll(setting(policy), what)
+    assert [request.stop for request in policy.requests] == [("}",), (), ()]
+
+
+async def test_a_slow_tool_cannot_outlast_the_rollouts_deadline() -> None:
+    async def endless(body: dict[str, Any]) -> tuple[int, Any]:
+        await asyncio.sleep(30)
+        raise AssertionError
+
+    began = time.monotonic()
+    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=endless), limits=limited(rollout_timeout_s=0.1))
+    found = await roll(where, row(0, "lookup"))
+    assert found.state is RolloutState.TOOL_FAILED
+    assert time.monotonic() - began < 2
+
+
+async def test_every_turn_and_the_grader_get_the_same_deadline() -> None:
+    policy, deadlines = ScriptedPolicy([LOOKUP, "84"]), []
+
+    class Noting(ScriptedGrader):
+        async def grade(self, *args: Any, deadline: float | None = None) -> Any:
+            deadlines.append(deadline)
+            return await super().grade(*args)
+
+    before = time.monotonic()
+    await roll(setting(policy, Noting(), Tools(lookup=says("31"))), row(0, "lookup"))
+    assert {request.deadline for request in policy.requests} == set(deadlines)
+    assert deadlines[0] == pytest.approx(before + LIMITS.rollout_timeout_s, abs=1)
+
+
+async def test_time_is_counted_by_phase_and_the_turns_are_recorded() -> None:
+    async def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        await asyncio.sleep(0.05)
+        return 200, {"output": "31"}
+
+    found = await roll(setting(ScriptedPolicy([LOOKUP, "84"]), tools=Tools(lookup=slow)), row(0, "lookup"))
+    seconds, turns = found.trajectory.seconds, found.trajectory.turns
+    assert seconds["tools"] >= 0.05 > seconds["sampling"]
+    assert [turn["completion_tokens"] for turn in turns] == [len(ids(LOOKUP)) + 1, 3]
+    assert [turn["version"] for turn in turns] == [3, 3]
