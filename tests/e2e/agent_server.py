@@ -55,6 +55,11 @@ async def grade(request: Request) -> dict[str, Any]:
     return {"score": score, "reason": f"{len(calls)} calls"}
 
 
+@app.post("/broken")
+async def broken() -> None:
+    raise HTTPException(503, "out of order")
+
+
 @app.get("/seen")
 async def what_was_seen() -> dict[str, Any]:
     return seen

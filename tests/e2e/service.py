@@ -34,12 +34,12 @@ class Service:
         self.data = root / "data"
         self.data.mkdir(parents=True)
         shutil.copytree(models, self.data / "models")
-        self.agent_port, self.port = _free_port(), _free_port()
+        self.agent_port, self.port, self.closed_port = free_port(), free_port(), free_port()
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("HONE_")},
             "HONE_DATA_DIR": str(self.data),
             "HONE_PORT": str(self.port),
-            "HONE_EGRESS_ALLOW": f"127.0.0.1:{self.agent_port}",
+            "HONE_EGRESS_ALLOW": f"127.0.0.1:{self.agent_port},127.0.0.1:{self.closed_port}",
             "HONE_SAMPLER_DTYPE": "float32",
             "HONE_THREADS": "1",
             "HONE_LEASE_SECONDS": str(LEASE_S),
@@ -86,10 +86,20 @@ class Service:
         answer: dict[str, Any] = httpx.get(f"{self.agent_url}/seen").json()
         return answer
 
-    def create_job(self, model: str, *, steps: int = 3, short: bool = False, **overrides: Any) -> Any:
+    def create_job(
+        self,
+        model: str,
+        *,
+        steps: int = 3,
+        short: bool = False,
+        tool_url: str | None = None,
+        training_file: str | None = None,
+        **overrides: Any,
+    ) -> Any:
         """Upload two small files and create a job of `steps` steps of 4 rows × 4 rollouts."""
-        train = self._upload("train.jsonl", [_row(index) for index in range(12)])
-        valid = self._upload("valid.jsonl", [_row(index) for index in range(6)])
+        train = training_file or self.upload("train.jsonl", _jsonl([row(index) for index in range(12)]))
+        valid = self.upload("valid.jsonl", _jsonl([row(index) for index in range(6)]))
+        url = tool_url or f"{self.agent_url}/lookup"
         headers = {"Authorization": TOKEN}
         hyperparameters = {
             "n_epochs": max(1, steps // 3),
@@ -103,13 +113,13 @@ class Service:
         base = {"model": model, "training_file": train, "validation_file": valid, "suffix": "e2e", "seed": 7}
         tool = {"name": "lookup", "headers": headers}
         if short:
-            rft = {**common, "tools": [{**tool, "url": f"{self.agent_url}/lookup"}]}
+            rft = {**common, "tools": [{**tool, "url": url}]}
             return self.client.fine_tuning.jobs.create(
                 **base, method="rft", extra_body={"rft": rft, "hone": hone}, **overrides
             )
         method = {
             "type": "reinforcement",
-            "reinforcement": {**common, "tools": [{**tool, "server_url": f"{self.agent_url}/lookup"}]},
+            "reinforcement": {**common, "tools": [{**tool, "server_url": url}]},
         }
         return self.client.fine_tuning.jobs.create(**base, method=method, extra_body={"hone": hone}, **overrides)
 
@@ -165,8 +175,7 @@ class Service:
             assert time.monotonic() < deadline, f"{needle} still runs: {left}"
             time.sleep(0.1)
 
-    def _upload(self, name: str, rows: list[dict[str, Any]]) -> str:
-        data = "\n".join(json.dumps(row) for row in rows).encode()
+    def upload(self, name: str, data: bytes) -> str:
         return self.client.files.create(file=(name, data), purpose="fine-tune").id
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -204,12 +213,16 @@ class Service:
         raise AssertionError("not up in time")
 
 
-def _row(index: int) -> dict[str, Any]:
+def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def row(index: int) -> dict[str, Any]:
     item = ITEMS[index % len(ITEMS)]
     return {"messages": question(item), "tools": [LOOKUP], "parallel_tool_calls": False, "wanted": item, "n": index}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

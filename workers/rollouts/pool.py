@@ -2,14 +2,15 @@
 
 Does not cover: one trajectory (`trajectory`), and what a group is worth (`batch`).
 
-Zero-variance and dropped groups are replaced by fresh rows while the step's budget lasts (one extra batch). A run of
-infrastructure failures stops the job with the last error: never a hang, never a 0.
+Zero-variance and dropped groups are replaced by fresh rows while the step's budget lasts (one extra batch). When half
+of the latest rollouts are infrastructure failures the job stops with the last error: never a hang, never a 0.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +24,10 @@ from workers.rollouts.types import Ended, Group, RolloutKey, Row, Trajectory
 
 
 class TooManyFailures(Exception):
-    """`count` rollouts in a row ended by infrastructure faults; the message carries the last one's words."""
+    """Half of the last `window` rollouts ended by infrastructure faults; the message carries the last one's words."""
 
-    def __init__(self, count: int, state: str, error: str) -> None:
-        super().__init__(f"{count} rollouts in a row were discarded ({state}); the last: {error}")
+    def __init__(self, count: int, window: int, state: str, error: str) -> None:
+        super().__init__(f"{count} of the last {window} rollouts were discarded ({state}); the last: {error}")
         self.state = state
 
 
@@ -49,8 +50,7 @@ class Pool:
         self._recorder = recorder
         self._group_size = group_size
         self._slots = asyncio.Semaphore(limit)
-        self._failure_limit = max(16, 2 * group_size)
-        self._streak = 0
+        self._recent: deque[bool] = deque(maxlen=max(16, 2 * group_size))  # was it an infrastructure fault?
         self._groups = 0
         self.active: dict[str, Trajectory] = {}
         self.total = 0
@@ -133,12 +133,11 @@ class Pool:
         return ended
 
     def _count(self, ended: Ended) -> None:
-        if ended.state not in INFRASTRUCTURE:
-            self._streak = 0
-            return
-        self._streak += 1
-        if self._streak >= self._failure_limit:
-            raise TooManyFailures(self._streak, str(ended.state), ended.error or "")
+        window = self._recent
+        window.append(ended.state in INFRASTRUCTURE)
+        # Not only runs of failures: rollouts that call no tool succeed in between while the tool is down.
+        if window[-1] and len(window) == window.maxlen and 2 * sum(window) >= len(window):
+            raise TooManyFailures(sum(window), len(window), str(ended.state), ended.error or "")
 
     def describe(self) -> str:
         """The line people read while it runs."""
