@@ -30,8 +30,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script
 
-from app.net.clients import HttpClient, operator_client
-from app.samplers.client import SamplerClient
+from app.net.clients import HttpClient, operator_client  # noqa: E402
+from app.samplers.client import SamplerClient  # noqa: E402
 
 QUESTIONS, ROLLOUTS, SHARED, PROMPT, NEW, BATCH = 8, 8, 250, 290, 48, 32
 
@@ -75,7 +75,7 @@ def server(model: Path, threads: int) -> Iterator[str]:
 
 async def ready(http: HttpClient, url: str) -> None:
     async with asyncio.timeout(120):
-        while not await SamplerClient(http, url).health():
+        while not await SamplerClient(http, url).health():  # noqa: ASYNC110 - another process, no event
             await asyncio.sleep(0.2)
 
 

@@ -144,8 +144,8 @@ class SamplerClient:
     async def load_adapter(self, name: str, path: str) -> None:
         """Give the adapter in `path` (as the server sees it) a name that was never used before.
 
-        A name that exists is SamplerRejected, a path that does not is ModelNotServed, broken files are SamplerUnavailable
-        as far as the server notices them: 500 is what vLLM answers.
+        A name that exists is SamplerRejected, a path that does not is ModelNotServed; files that the server finds
+        broken are SamplerUnavailable, since 500 is what vLLM answers.
         """
         await self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, ADAPTER_TIMEOUT_S)
 

@@ -2,6 +2,7 @@
 
 SamplerError
 ├─ SamplerUnavailable   connection, protocol, deadline or 5xx: send a fresh request to a healthy engine
+│  └─ SamplerGone       its row is gone: the keeper stopped or replaced it
 ├─ ModelNotServed       404 on the model: the adapter is not loaded (a restarted server has lost every one)
 ├─ SamplerRejected      400: the request is wrong and stays wrong; `param` names the field
 └─ SamplerMisbehaved    an answer that breaks the protocol: nothing in it may be trained on
@@ -20,6 +21,11 @@ class SamplerError(Exception):
 
 class SamplerUnavailable(SamplerError):
     pass
+
+
+class SamplerGone(SamplerUnavailable):
+    def __init__(self, sampler_id: str) -> None:
+        super().__init__("the sampler was stopped or replaced", url=sampler_id)
 
 
 class ModelNotServed(SamplerError):

@@ -59,7 +59,7 @@ def reference(target: Target) -> Any:
 
 @pytest.fixture
 def make_adapter(target: Target, tmp_path: Path) -> AdapterMaker:
-    """make_adapter(name, seed=…, scale=…, edit=…): PEFT files on all linear layers; `edit(config, tensors)` breaks them."""
+    """make_adapter(name, seed=…, scale=…, edit=…): PEFT files, all linear layers; `edit` breaks them."""
 
     def make(
         name: str,

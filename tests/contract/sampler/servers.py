@@ -64,7 +64,8 @@ def start_builtin(model_dir: Path, *extra: str) -> tuple[subprocess.Popen[bytes]
         port = s.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "workers.sampler.builtin", "--model", str(model_dir), "--served-model-name", "base",
-         "--port", str(port), "--dtype", "float32", "--threads", "1", "--max-loras", "4", "--max-lora-rank", "16", *extra],
+         "--port", str(port), "--dtype", "float32", "--threads", "1", "--max-loras", "4",
+         "--max-lora-rank", "16", *extra],
         cwd=ROOT,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"

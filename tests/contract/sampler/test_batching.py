@@ -1,4 +1,4 @@
-"""Requests that run together: they join and leave at any time, share prefixes, and a caller who goes frees the engine."""
+"""Requests that run together: they join and leave at any time, share prefixes; a caller who goes frees the engine."""
 
 import asyncio
 import re
@@ -47,7 +47,7 @@ async def test_a_client_that_goes_frees_the_engine(http: HttpClient, target: Tar
 async def test_many_that_share_a_prefix_each_get_their_own_log_probs(client: SamplerClient, reference: Any) -> None:
     shared = [(13 * i + 1) % 250 for i in range(150)]
     prompts = [shared + [(i * 17 + j) % 250 for j in range(5 + 9 * (i % 5))] for i in range(20)]
-    prompts += [shared[:70] + [9, 8, 7, i] for i in range(4)] + [[i, 3] for i in range(3)]
+    prompts += [[*shared[:70], 9, 8, 7, i] for i in range(4)] + [[i, 3] for i in range(3)]
     done = await asyncio.gather(
         *(client.complete(CompletionRequest("base", p, 10 + i, timeout_s=60)) for i, p in enumerate(prompts))
     )

@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--kv-gib", type=float, default=2.0, help="memory for cached and running text, half each")
     args = parser.parse_args()
-    # Before torch loads libgomp: a thread that waits for work sleeps soon, so an idle engine takes nothing from the trainer.
+    # Before torch loads libgomp: a thread that waits sleeps soon, so an idle engine takes nothing from the trainer.
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from workers.sampler.builtin import server

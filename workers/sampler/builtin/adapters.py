@@ -1,6 +1,7 @@
 """Read a LoRA adapter in PEFT's format, refuse it unless it is exactly what its config says, and merge it.
 
-The merge is W + scale * B A in fp32 from the weights as the model's files have them, one copy per version, never unmerged.
+The merge is W + scale * B A in fp32 from the weights as the model's files have them: one copy per version, never
+unmerged.
 Does not cover: names, slots and memory limits (`engine`).
 """
 
@@ -36,7 +37,7 @@ class AdapterConfig:
 
 
 def merge_adapter(path: Path, pristine: Mapping[str, Tensor], *, max_rank: int) -> dict[str, Tensor]:
-    """Merged fp32 weights by module name. Raises AdapterRefused; FileNotFoundError when there is no adapter at `path`."""
+    """Merged fp32 weights by module name. Raises AdapterRefused."""
     config = read_config(path, max_rank)
     covered = [name for name in pristine if config.covers(name)]
     if not covered:

@@ -1,7 +1,7 @@
 """The engine's thread: takes requests at any time, gives each weight version with work one step in turn.
 
-Also keeps the table of adapter names. A request is bound to its version when it is submitted; unloading only removes the
-name, the weights go when their last request has finished.
+Also keeps the table of adapter names. A request is bound to its version when it is submitted; unloading only removes
+the name, the weights go when their last request has finished.
 Does not cover: HTTP (`server`), batching inside a version (`lane`).
 """
 
@@ -89,7 +89,7 @@ class Engine:
         self._unloaded: list[Version] = []  # nameless, with requests still running
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # --- from any thread ------------------------------------------------------------------------------------------------
+    # --- from any thread ---
 
     def start(self) -> None:
         self._thread.start()
@@ -160,7 +160,7 @@ class Engine:
                 if live >= self.limits.max_adapters:
                     raise RequestRefused(
                         400,
-                        f"{live} adapter versions are live, --max-loras is {self.limits.max_adapters}: unload one first",
+                        f"{live} adapter versions are live, --max-loras is {self.limits.max_adapters}: unload one",
                         param="lora_name",
                     )
             if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
@@ -183,7 +183,7 @@ class Engine:
             self._unloaded.append(version)
             self._sweep()
 
-    # --- inside -----------------------------------------------------------------------------------------------------------
+    # --- inside ---
 
     def _version(self, name: str, root: str, weights: ServedWeights) -> Version:
         m = self.model
@@ -209,7 +209,7 @@ class Engine:
         free = _available_bytes()
         if free is not None and free < need * 1.1:
             raise AdapterRefused(
-                f"a merged copy needs {need >> 20} MiB while it is made, {free >> 20} MiB are free: unload a version first"
+                f"a merged copy needs {need >> 20} MiB while it is made, {free >> 20} MiB are free: unload a version"
             )
 
     def _run(self) -> None:

@@ -20,7 +20,7 @@ class RequestRefused(Exception):
 
 
 class AdapterRefused(Exception):
-    """The adapter's files cannot be served: unreadable, incomplete, of a wrong shape, not finite, or of another kind."""
+    """The adapter's files cannot be served: unreadable, incomplete, misshapen, not finite, or of another kind."""
 
 
 class EngineFault(Exception):

@@ -1,7 +1,7 @@
 """Where keys and values live: a radix tree of finished text per version, and the slots of the running sequences.
 
-A tree node is immutable and covers a run of tokens; a split is two views of the same memory. A running sequence reads its
-shared beginning from tree segments and keeps the rest, its tail, in one slot of a `SlotPool`.
+A tree segment is immutable and covers a run of tokens; a split is two views of the same memory. A running sequence
+reads its shared beginning from segments and keeps the rest, its tail, in one slot of a `SlotPool`.
 Does not cover: what is worth sharing in a step and who is admitted (`lane`).
 """
 
@@ -170,7 +170,7 @@ class SlotPool:
         self.keys, self.values = self._new(), self._new()
 
     def _new(self) -> Tensor:
-        """[layers, slots, heads, capacity, dim], zero and not yet backed by memory: stale or unset values stay finite."""
+        """[layers, slots, heads, capacity, dim], not yet backed by memory, and zero: unset values are finite."""
         s = self.shape
         size = s.layers * self.slots * s.heads * self.capacity * s.dim * s.dtype.itemsize
         # numpy uses calloc; torch.zeros would touch every page (0.7 GB for 64 slots of 512 tokens of a 135M model).

@@ -147,7 +147,7 @@ class Lane:
         prompt = sum(r.prompt_length for r in admitted)
         return StepReport(sampled, ended, prompt, sum(r.cached for r in admitted))
 
-    # --- admission ----------------------------------------------------------------------------------------------------
+    # --- admission ---
 
     def _admit(self) -> list[Running]:
         """Move waiting sequences into free slots, in order; one whose prompt is just being computed waits for it."""
@@ -218,7 +218,7 @@ class Lane:
         self.pool.fit(len(self.rows), capacity, held[: self.pool.slots])
         return self.pool
 
-    # --- one step -----------------------------------------------------------------------------------------------------
+    # --- one step ---
 
     def _choose(self) -> tuple[list[_Work], list[_Work]]:
         """Single-token rows first, in slot order, then the chunks."""
@@ -287,7 +287,7 @@ class Lane:
             cuts = [(0, len(lengths))]
         return [_block(a, singles[a:b], torch.from_numpy(lengths[a:b])) for a, b in cuts]
 
-    # --- after the step -----------------------------------------------------------------------------------------------
+    # --- after the step ---
 
     def _advance(
         self, work: Sequence[_Work], logits: Tensor

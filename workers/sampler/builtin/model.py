@@ -134,8 +134,8 @@ class LoadedModel:
         # Median over positions, since one odd token is chaotic in bf16; seen 0.003 in bf16 and 1e-9 in fp32.
         if not float(divergence) <= (1e-4 if self.dtype == torch.float32 else 0.05):
             raise ModelRefused(
-                f"the engine's distribution differs from the model's own by a KL of {divergence:.3g}: its attention is of "
-                "a kind that the built-in engine does not compute. Serve it with vLLM."
+                f"the engine's distribution differs from the model's own by a KL of {divergence:.3g}: "
+                "its attention is of a kind that the built-in engine does not compute. Serve it with vLLM."
             )
 
 

@@ -1,6 +1,6 @@
 """From logits to one token and its raw log-probability per row.
 
-The draw is an inverse CDF over blocks of the vocabulary: `torch.multinomial` took a fifth of the sampling time at 49k tokens.
+The draw is an inverse CDF over blocks of the vocabulary: `torch.multinomial` took a fifth of a step at 49k tokens.
 Does not cover: stopping rules (`lane`).
 """
 
@@ -68,13 +68,13 @@ class Sampler:
                 tokens[plain] = _invert(blocks[plain], _uniforms([rows[i] for i in plain]))
             for i, row in enumerate(rows):
                 if not row.params.plain:
-                    tokens[i] = _draw_filtered(x[i].float(), row)
+                    tokens[i] = _draw_filtered(x[i].to(torch.float32, copy=True), row)
         tokens.clamp_(max=x.shape[-1] - 1)
         log_probs = _log_probs(x.gather(1, tokens[:, None]), peak, blocks)
         return [Draw(t, p) for t, p in zip(tokens.tolist(), log_probs.tolist(), strict=True)]
 
     def _weights(self, x: Tensor, peak: Tensor) -> Tensor:
-        """exp(x - peak) as float32 in blocks [rows, blocks, size], zero behind the vocabulary; valid until the next call."""
+        """exp(x - peak) in float32 as [rows, blocks, size], zero behind the vocabulary; valid until the next call."""
         rows, vocabulary = x.shape
         size = _block(vocabulary)
         padded = -(-vocabulary // size) * size

@@ -1,6 +1,6 @@
 """HTTP of the built-in sampler: the routes of vLLM that Hone uses, over the engine's thread.
 
-Does not cover: authentication. The load route reads any path the process can read, so the port stays private, as vLLM's.
+Does not cover: authentication. The load route reads any path the process can read, so keep the port private.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The completion request and answer of the protocol, between JSON and `generation`.
 
-Unknown fields are ignored, as vLLM does; known ones are checked, and what this engine cannot do (log-probs of other than
-the sampled token, streaming, text prompts) is a 400 rather than a silent difference.
+Unknown fields are ignored, as vLLM does; known ones are checked, and what this engine cannot do (log-probs of other
+tokens than the sampled one, streaming, text prompts) is a 400 rather than a silent difference.
 Does not cover: routes (`server`).
 """
 
@@ -68,7 +68,7 @@ def parse(raw: Any, *, vocabulary: int, max_length: int, text: bool) -> Completi
     if size > max_length:
         raise RequestRefused(
             400,
-            f"This model's maximum context length is {max_length} tokens. However, your prompt contains {size} input tokens.",
+            f"This model's maximum context length is {max_length} tokens. However, your prompt contains {size}.",
             param="input_tokens",
         )
     if size == max_length:
