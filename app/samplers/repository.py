@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.states import JobStatus
 from app.db.engine import now
 from app.db.tables import DEFAULT_PROJECT, AdapterPin, Job, Sampler, SamplerAdapter, SamplerWant
+from app.samplers.errors import SamplerGone
 
 LIVE_WITHIN_S = 15.0  # a sampler whose keeper has not beaten for this long is not used
 
@@ -72,7 +73,15 @@ async def loaded(session: AsyncSession, sampler_id: str, name: str) -> SamplerAd
     return await session.get(SamplerAdapter, (sampler_id, name))
 
 
+async def _require(session: AsyncSession, sampler_id: str) -> None:
+    """A keeper may take a sampler away at any time; raises `SamplerGone` instead of breaking a foreign key."""
+    if await session.scalar(select(Sampler.id).where(Sampler.id == sampler_id)) is None:
+        raise SamplerGone(sampler_id)
+
+
 async def add_adapter(session: AsyncSession, sampler_id: str, name: str, path: str) -> None:
+    """Note a loaded adapter; once more is fine. Raises `SamplerGone`."""
+    await _require(session, sampler_id)
     if await session.get(SamplerAdapter, (sampler_id, name)) is None:
         session.add(
             SamplerAdapter(
@@ -96,7 +105,8 @@ async def drop_adapter(session: AsyncSession, sampler_id: str, name: str) -> Non
 
 
 async def pin(session: AsyncSession, sampler_id: str, name: str, holder: str, seconds: float) -> None:
-    """Hold an adapter for `seconds`; again by the same holder extends the pin. Marks it used."""
+    """Hold an adapter for `seconds`; again by the same holder extends the pin. Marks it used. Raises `SamplerGone`."""
+    await _require(session, sampler_id)
     values: dict[str, Any] = {"pinned_until": now() + seconds}
     if await session.get(AdapterPin, (sampler_id, name, holder)) is None:
         await session.execute(

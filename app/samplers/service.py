@@ -6,6 +6,7 @@ Does not cover: a run's own versions (`workers.sampler.policy`), nor starting sa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from app.db.engine import Database
 from app.net.clients import operator_client
 from app.samplers import repository
 from app.samplers.client import SamplerClient
-from app.samplers.errors import SamplerRejected
+from app.samplers.errors import ModelNotServed, SamplerGone, SamplerRejected
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,13 @@ class Samplers:
         """Ask the keeper for a sampler; written at most every 20 s per model."""
         if time.monotonic() - self._wanted.get(base_model, -1e9) < 20.0:
             return
-        async with self._database.begin() as session:
-            await repository.want(session, base_model, seconds)
-        self._wanted[base_model] = time.monotonic()
+        self._wanted[base_model] = time.monotonic()  # before the write: a burst of callers makes one
+        try:
+            async with self._database.begin() as session:
+                await repository.want(session, base_model, seconds)
+        except BaseException:
+            del self._wanted[base_model]
+            raise
 
     async def live(self, base_model: str, *, max_age_s: float = 1.0) -> list[LiveSampler]:
         """Live samplers of `base_model`; the answer may be `max_age_s` old."""
@@ -147,7 +152,11 @@ class Samplers:
         if self._pins.get(key, 0.0) - time.monotonic() < RENEW_BELOW_S:
             async with self._locks.setdefault(sampler.id, asyncio.Lock()):
                 if self._pins.get(key, 0.0) - time.monotonic() < RENEW_BELOW_S:
-                    await self._load_and_pin(sampler, adapter, holder)
+                    try:
+                        await self._load_and_pin(sampler, adapter, holder)
+                    except SamplerGone as error:  # since the answer of `live`
+                        self.forget(sampler)
+                        raise NoSampler(str(error)) from error
                     self._pins[key] = time.monotonic() + PIN_S
         return Lease(client, adapter.name, sampler)
 
@@ -157,23 +166,30 @@ class Samplers:
             if row is not None:
                 await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
                 return
-            room = (
-                sampler.max_loras
-                - await repository.adapter_count(session, sampler.id)
-                - await repository.reserved_but_unused(session, sampler.id, sampler.base_model)
-            )
+            reserved = await repository.reserved_but_unused(session, sampler.id, sampler.base_model)
+        await self.make_room(sampler, adapter.name, keep_free=reserved)
+        await load(self.client(sampler), adapter)
+        async with self._database.begin() as session:
+            await repository.add_adapter(session, sampler.id, adapter.name, adapter.path)
+            await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
+
+    async def make_room(self, sampler: LiveSampler, name: str, *, keep_free: int = 0) -> None:
+        """Let `name` fit beside `keep_free` empty slots: idle adapters go, least recently used first.
+
+        Raises `NoSampler` when those that are in use leave no room.
+        """
+        async with self._database.begin() as session:
+            if await repository.loaded(session, sampler.id, name) is not None:
+                return
+            room = sampler.max_loras - await repository.adapter_count(session, sampler.id) - keep_free
             victims = [] if room > 0 else list(await repository.evictable(session, sampler.id))[: 1 - room]
             if room + len(victims) <= 0:
                 raise NoSampler(f"every adapter slot of the sampler for {sampler.base_model} is in use", 10.0)
             for victim in victims:
                 await repository.drop_adapter(session, sampler.id, victim.name)
-        client = self.client(sampler)
         for victim in victims:
-            await client.unload_adapter(victim.name)
-        await load(client, adapter)
-        async with self._database.begin() as session:
-            await repository.add_adapter(session, sampler.id, adapter.name, adapter.path)
-            await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
+            with contextlib.suppress(ModelNotServed):  # not there is what was wanted
+                await self.client(sampler).unload_adapter(victim.name)
 
     async def lost_adapter(self, sampler: LiveSampler, name: str) -> None:
         """The sampler says it does not serve `name`, whatever its rows say: load it again next time."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from app.db.engine import Database
 from app.samplers import repository
 from app.samplers.client import Completion, CompletionRequest
-from app.samplers.errors import ModelNotServed, SamplerError, SamplerUnavailable
-from app.samplers.service import Adapter, LiveSampler, Samplers, load
+from app.samplers.errors import ModelNotServed, SamplerError, SamplerGone, SamplerUnavailable
+from app.samplers.service import Adapter, LiveSampler, NoSampler, Samplers, load
 from workers.rollouts.trajectory import TurnRequest
 
 log = logging.getLogger("hone.policy")
@@ -45,6 +45,7 @@ class ServedPolicy:
         self._adapters: dict[int, Adapter] = {}
         self._ready: dict[str, LiveSampler] = {}  # samplers that hold every version in use
         self._recovering = asyncio.Lock()
+        self._recoveries = 0
         self._turns = 0
 
     async def start(self, wait_s: float) -> LiveSampler:
@@ -56,10 +57,13 @@ class ServedPolicy:
         while True:
             await asyncio.sleep(KEEP_S)
             await self._samplers.want(self._base_model)
-            async with self._database.begin() as session:
-                for sampler in self._ready.values():
-                    for adapter in self._adapters.values():
-                        await repository.pin(session, sampler.id, adapter.name, self._holder, PIN_S)
+            for sampler in list(self._ready.values()):
+                try:
+                    async with self._database.begin() as session:
+                        for adapter in list(self._adapters.values()):
+                            await repository.pin(session, sampler.id, adapter.name, self._holder, PIN_S)
+                except SamplerGone:
+                    self._ready.pop(sampler.id, None)
 
     async def publish(self, version: int, adapter: Adapter) -> None:
         """Load a version into every live sampler. Raises `SamplerError`."""
@@ -94,9 +98,9 @@ class ServedPolicy:
         """Sample one assistant message; retried whole on infrastructure faults until the request's deadline."""
         adapter = self._adapters[request.version]
         while True:
-            sampler = self._pick()
+            seen, sampler = self._recoveries, self._pick()
             if sampler is None:
-                await self._recover(None, request.deadline)
+                await self._recover(None, seen, request.deadline)
                 continue
             asked = CompletionRequest(
                 model=adapter.name,
@@ -117,7 +121,7 @@ class ServedPolicy:
                 if time.monotonic() >= request.deadline:
                     raise
                 log.warning("%s: %s; asking again", request.request_id, error)
-                await self._recover(sampler, request.deadline)
+                await self._recover(sampler, seen, request.deadline)
 
     async def score(self, name: str, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs under an adapter (or the base model's id), per sequence, from position 1 on."""
@@ -151,11 +155,14 @@ class ServedPolicy:
         self._turns += 1
         return ready[self._turns % len(ready)] if ready else None
 
-    async def _recover(self, failed: LiveSampler | None, deadline: float) -> None:
-        """After a failure on `failed`: wait for a live sampler and give it every version in use. One at a time."""
+    async def _recover(self, failed: LiveSampler | None, seen: int, deadline: float) -> None:
+        """After a failure on `failed`: wait for a live sampler and give it every version in use.
+
+        One for all who failed since recovery number `seen`: hundreds of turns fail together when an engine goes.
+        """
         async with self._recovering:
-            if failed is not None and failed.id not in self._ready and self._ready:
-                return  # somebody else has recovered meanwhile
+            if self._recoveries != seen and self._ready:
+                return
             if failed is not None:
                 self._ready.pop(failed.id, None)
                 self._samplers.forget(failed)
@@ -163,9 +170,10 @@ class ServedPolicy:
             while True:
                 sampler = await self._await_live(deadline)
                 try:
-                    for adapter in self._adapters.values():
+                    for adapter in list(self._adapters.values()):
                         await self._load(sampler, adapter)
                     self._ready[sampler.id] = sampler
+                    self._recoveries += 1
                     return
                 except SamplerError as error:
                     if time.monotonic() >= deadline:
@@ -174,6 +182,10 @@ class ServedPolicy:
                     await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _load(self, sampler: LiveSampler, adapter: Adapter) -> None:
+        try:
+            await self._samplers.make_room(sampler, adapter.name)
+        except NoSampler as error:
+            raise SamplerUnavailable(error.reason, url=sampler.url) from error
         await load(self._samplers.client(sampler), adapter)
         async with self._database.begin() as session:
             await repository.add_adapter(session, sampler.id, adapter.name, adapter.path)

@@ -1,0 +1,237 @@
+"""Who is live, who wants one, which adapter makes room: rows, pins and the service over them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import select, update
+
+from app.core.settings import Settings
+from app.db.engine import Database, now
+from app.db.tables import AdapterPin, Sampler, SamplerAdapter, SamplerWant
+from app.samplers import repository
+from app.samplers.errors import SamplerGone
+from app.samplers.service import Adapter, NoSampler
+from tests.db.rows import Seed
+from tests.unit.workers.fake_engine import FakeEngine, FakeSamplers
+
+CHAT = "chat-1"
+
+
+def adapter(name: str) -> Adapter:
+    return Adapter(name, f"/adapters/{name}")
+
+
+@pytest.fixture
+async def samplers(database: Database, settings: Settings) -> AsyncIterator[FakeSamplers]:
+    made = FakeSamplers(database, settings)
+    yield made
+    await made.close()
+
+
+async def use(samplers: FakeSamplers, name: str, holder: str = CHAT) -> str:
+    async with samplers.acquire("tiny", adapter(name), holder) as lease:
+        return lease.model
+
+
+async def expire_pins(database: Database, *names: str) -> None:
+    """As if so much time had passed; the order of names is the order of their last use."""
+    async with database.begin() as session:
+        for age, name in enumerate(reversed(names), start=1):
+            await session.execute(update(AdapterPin).where(AdapterPin.name == name).values(pinned_until=now() - 1))
+            await session.execute(
+                update(SamplerAdapter).where(SamplerAdapter.name == name).values(last_used=now() - 100 * age)
+            )
+
+
+async def test_only_samplers_with_a_fresh_heartbeat_are_live_newest_first(
+    database: Database, samplers: FakeSamplers
+) -> None:
+    await samplers.add("old")
+    await samplers.add("silent", age_s=repository.LIVE_WITHIN_S + 1)
+    await samplers.add("new")
+    await samplers.add("other", base_model="another")
+    async with database.begin() as session:
+        await session.execute(
+            update(Sampler).where(Sampler.id == "sampler-old").values(started_at=Sampler.started_at - 5)
+        )
+    assert [sampler.id for sampler in await samplers.live("tiny")] == ["sampler-new", "sampler-old"]
+    async with database.begin() as session:
+        await repository.beat(session, "sampler-silent")
+    assert len(await samplers.live("tiny", max_age_s=0)) == 3
+
+
+async def test_a_want_lasts_as_long_as_asked_and_keeps_the_last_error(database: Database) -> None:
+    async with database.begin() as session:
+        await repository.want(session, "tiny", 60)
+        await repository.want(session, "gone", -1)
+        await repository.set_want_error(session, "tiny", "no memory")
+    async with database.begin() as session:
+        assert await repository.wants(session) == ["tiny"]
+        await repository.want(session, "gone", 60)
+        assert sorted(await repository.wants(session)) == ["gone", "tiny"]
+        assert await repository.want_error(session, "tiny") == "no memory"
+
+
+async def test_wanting_is_written_once_in_a_while(database: Database, samplers: FakeSamplers) -> None:
+    await samplers.want("tiny")
+    async with database.begin() as session:
+        await session.execute(update(SamplerWant).values(wanted_until=1.0))
+    await samplers.want("tiny")
+    async with database.read() as session:
+        assert (await session.scalar(select(SamplerWant.wanted_until))) == 1.0
+
+
+async def test_a_pin_expires_by_itself_and_is_extended_by_its_holder(
+    database: Database, samplers: FakeSamplers
+) -> None:
+    await samplers.add("a")
+    async with database.begin() as session:
+        await repository.add_adapter(session, "sampler-a", "x", "/x")
+        await repository.pin(session, "sampler-a", "x", "one", -1)
+        assert not await repository.pinned(session, "sampler-a", "x")
+        await repository.pin(session, "sampler-a", "x", "one", 60)
+        await repository.pin(session, "sampler-a", "x", "two", 60)
+        await repository.unpin(session, "x", "one")
+        assert await repository.pinned(session, "sampler-a", "x")
+        await repository.unpin(session, "x", "two")
+        assert not await repository.pinned(session, "sampler-a", "x")
+
+
+async def test_with_its_sampler_go_its_adapters_and_pins(database: Database, samplers: FakeSamplers) -> None:
+    await samplers.add("a")
+    await use(samplers, "x")
+    async with database.begin() as session:
+        await repository.remove(session, host="here")
+        assert (await session.scalars(select(SamplerAdapter))).all() == []
+        assert (await session.scalars(select(AdapterPin))).all() == []
+
+
+async def test_nothing_can_be_noted_on_a_sampler_that_is_gone(database: Database) -> None:
+    async with database.begin() as session:
+        with pytest.raises(SamplerGone):
+            await repository.pin(session, "sampler-gone", "x", "me", 60)
+        with pytest.raises(SamplerGone):
+            await repository.add_adapter(session, "sampler-gone", "x", "/x")
+
+
+async def test_fifty_callers_at_once_load_an_adapter_once(samplers: FakeSamplers) -> None:
+    engine = await samplers.add("a")
+    assert await asyncio.gather(*(use(samplers, "x") for _ in range(50))) == ["x"] * 50
+    assert engine.calls == [("load", "x")]
+
+
+async def test_the_base_model_needs_no_slot(samplers: FakeSamplers) -> None:
+    engine = await samplers.add("a", slots=0)
+    async with samplers.acquire("tiny", None, CHAT) as lease:
+        assert lease.model == "tiny"
+    assert engine.calls == []
+
+
+async def test_the_least_recently_used_idle_adapter_makes_room(database: Database, samplers: FakeSamplers) -> None:
+    engine = await samplers.add("a", slots=3)
+    for name in ("x", "y", "z"):
+        await use(samplers, name)
+    await expire_pins(database, "y", "x")  # y is the older one; z is pinned
+    await use(samplers, "new")
+    assert engine.calls[-2:] == [("unload", "y"), ("load", "new")]
+    assert set(engine.adapters) == {"x", "z", "new"}
+
+
+async def test_when_every_slot_is_in_use_the_caller_is_told_to_come_back(samplers: FakeSamplers) -> None:
+    engine = await samplers.add("a", slots=2)
+    await use(samplers, "x")
+    await use(samplers, "y")
+    with pytest.raises(NoSampler, match="every adapter slot") as caught:
+        await use(samplers, "z")
+    assert caught.value.retry_after_s > 0
+    assert set(engine.adapters) == {"x", "y"}
+
+
+async def test_slots_that_a_run_reserved_are_left_to_it(database: Database, samplers: FakeSamplers, seed: Seed) -> None:
+    engine = await samplers.add("a", slots=3)
+    job_id = await seed.job(status="running", attempt=1, reserved_slots=2)
+    await use(samplers, "x")
+    with pytest.raises(NoSampler):
+        await use(samplers, "y")
+    async with database.begin() as session:  # the run fills both; nothing of it may be evicted for chat
+        for version in ("v0", "v1"):
+            await repository.add_adapter(session, "sampler-a", version, "/v")
+            await repository.pin(session, "sampler-a", version, f"{job_id}-a1", 60)
+    await expire_pins(database, "x")
+    await use(samplers, "y")
+    assert engine.calls[-2:] == [("unload", "x"), ("load", "y")]
+
+
+async def test_an_evicted_adapter_that_the_engine_had_lost_is_no_fault(
+    database: Database, samplers: FakeSamplers
+) -> None:
+    engine = await samplers.add("a", slots=1)
+    await use(samplers, "x")
+    await expire_pins(database, "x")
+    engine.adapters.clear()
+    assert await use(samplers, "y") == "y"
+
+
+async def test_without_a_sampler_the_keepers_reason_is_told(database: Database, samplers: FakeSamplers) -> None:
+    with pytest.raises(NoSampler, match="one is starting"):
+        await use(samplers, "x")
+    async with database.begin() as session:
+        await repository.set_want_error(session, "tiny", "out of memory")
+    with pytest.raises(NoSampler, match="out of memory"):
+        await use(samplers, "x")
+
+
+async def test_waiting_ends_when_a_sampler_comes_up(samplers: FakeSamplers) -> None:
+    async def waiting() -> str:
+        async with samplers.acquire("tiny", adapter("x"), CHAT, wait_s=5) as lease:
+            return lease.sampler.id
+
+    task = asyncio.create_task(waiting())
+    await asyncio.sleep(0.02)
+    assert not task.done()
+    await samplers.add("a")
+    assert await asyncio.wait_for(task, 5) == "sampler-a"
+
+
+async def test_a_lost_adapter_is_loaded_again(samplers: FakeSamplers) -> None:
+    engine = await samplers.add("a")
+    await use(samplers, "x")
+    engine.adapters.clear()
+    (sampler,) = await samplers.live("tiny")
+    await samplers.lost_adapter(sampler, "x")
+    await use(samplers, "x")
+    assert engine.calls == [("load", "x"), ("load", "x")]
+
+
+async def test_a_replaced_sampler_is_found_though_the_old_one_was_just_seen(
+    database: Database, samplers: FakeSamplers
+) -> None:
+    await samplers.add("a")
+    await samplers.live("tiny")  # cached for a second
+    async with database.begin() as session:
+        await repository.remove(session, sampler_id="sampler-a")
+    engine = await samplers.add("b")
+    async with samplers.acquire("tiny", adapter("x"), CHAT, wait_s=2) as lease:
+        assert lease.sampler.id == "sampler-b"
+    assert engine.adapters == {"x": "/adapters/x"}
+
+
+async def test_an_adapter_that_is_there_already_is_loaded_only_under_the_same_path(samplers: FakeSamplers) -> None:
+    engine: FakeEngine = await samplers.add("a")
+    engine.adapters = {"x": "/adapters/x", "y": "/elsewhere/y"}
+    assert await use(samplers, "x") == "x"
+    with pytest.raises(Exception, match="is loaded"):
+        await use(samplers, "y")
+
+
+async def test_a_sampler_that_just_failed_is_avoided_while_there_is_another(samplers: FakeSamplers) -> None:
+    await samplers.add("a")
+    async with samplers.acquire("tiny", None, CHAT, avoid=frozenset({"sampler-a"})) as lease:
+        assert lease.sampler.id == "sampler-a"
+    await samplers.add("b")
+    samplers.forget(lease.sampler)
+    async with samplers.acquire("tiny", None, CHAT, avoid=frozenset({"sampler-a"})) as lease:
+        assert lease.sampler.id == "sampler-b"

@@ -1,0 +1,278 @@
+"""The policy a run samples from: what a restart, an abort or a dead engine costs, and who may delete a version."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.samplers import repository
+from app.samplers.client import Completion, CompletionRequest
+from app.samplers.errors import SamplerMisbehaved, SamplerUnavailable
+from app.samplers.service import Adapter
+from tests.unit.workers.fake_engine import FakeEngine, FakeSamplers, answer_of
+from workers.rollouts.trajectory import TurnRequest
+from workers.sampler import policy as policy_module
+from workers.sampler.policy import NoLiveSampler, ServedPolicy
+
+HOLDER = "ftjob-1-a1"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_module, "RETRY_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+async def samplers(database: Database, settings: Settings) -> AsyncIterator[FakeSamplers]:
+    made = FakeSamplers(database, settings)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def policy(database: Database, samplers: FakeSamplers) -> ServedPolicy:
+    return ServedPolicy(samplers, database, "tiny", HOLDER)
+
+
+def version(number: int, tmp_path: Path) -> Adapter:
+    path = tmp_path / f"{HOLDER}-v{number}"
+    path.mkdir(exist_ok=True)
+    return Adapter(path.name, str(path))
+
+
+def asks(number: int = 0, *, seconds: float = 5.0, **values: Any) -> TurnRequest:
+    fields: dict[str, Any] = {"max_tokens": 7, "temperature": 1.0, "stop_token_ids": (0,), "stop": ("}",)}
+    fields |= {"prompt_ids": (1, 2), "request_id": "t-0", "deadline": time.monotonic() + seconds}
+    return TurnRequest(version=number, **{**fields, **values})
+
+
+async def replace_sampler(database: Database, samplers: FakeSamplers, old: FakeEngine, new: str) -> FakeEngine:
+    """What a keeper does when its sampler died: the row goes, a new one comes under another id."""
+    old.dead = True
+    async with database.begin() as session:
+        await repository.remove(session, sampler_id=f"sampler-{old.url.removeprefix('http://')}")
+    return await samplers.add(new)
+
+
+async def test_a_turn_is_asked_at_the_version_of_its_rollout(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    for number in (0, 1):
+        await policy.publish(number, version(number, tmp_path))
+    found = await policy.turn(asks(0, temperature=0.0))
+    (request,) = engine.requests
+    assert found.model == request.model == f"{HOLDER}-v0"
+    assert (request.temperature, request.max_tokens, request.stop, request.prompt_ids) == (0.0, 7, ("}",), (1, 2))
+
+
+async def test_after_a_restart_all_versions_are_loaded_before_the_turn_is_asked_again(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    old = await samplers.add("old")
+    for number in (0, 1):
+        await policy.publish(number, version(number, tmp_path))
+    new = await replace_sampler(database, samplers, old, "new")
+    found = await policy.turn(asks(1))
+    assert found.model == f"{HOLDER}-v1"
+    assert [name for _, name in new.calls] == [f"{HOLDER}-v0", f"{HOLDER}-v1"]
+    assert len(new.requests) == 1
+    async with database.read() as session:
+        assert await repository.pinned(session, "sampler-new", f"{HOLDER}-v1")
+
+
+async def test_an_engine_that_lost_its_adapters_gets_them_again(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+    engine.adapters.clear()
+    assert (await policy.turn(asks())).model == f"{HOLDER}-v0"
+    assert engine.calls == [("load", f"{HOLDER}-v0")] * 2
+
+
+async def test_an_aborted_answer_is_asked_again_and_never_returned(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+
+    async def abort_once(request: CompletionRequest) -> Completion | None:
+        return answer_of(request, "abort") if len(engine.requests) == 1 else None
+
+    engine.before = abort_once
+    assert (await policy.turn(asks())).finish_reason == "stop"
+    assert len(engine.requests) == 2
+
+
+async def test_hundreds_of_turns_that_fail_together_recover_together(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_module, "RETRY_PAUSE_S", 0.1)
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+    arrived = asyncio.Event()
+
+    async def fail_first(request: CompletionRequest) -> Completion | None:
+        if len(engine.requests) == 100:
+            arrived.set()
+        if not arrived.is_set() or len(engine.requests) == 100:
+            await arrived.wait()
+            raise SamplerUnavailable("the engine is restarting", url=engine.url)
+        return None
+
+    engine.before = fail_first
+    began = time.monotonic()
+    found = await asyncio.gather(*(policy.turn(asks(request_id=f"t{n}-0")) for n in range(100)))
+    assert len(found) == 100
+    assert time.monotonic() - began < 3  # one after the other it was ten seconds
+    assert len(engine.calls) < 5
+
+
+async def test_a_dead_engine_is_waited_for_until_the_deadline_and_not_longer(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+    engine.dead = True
+    began = time.monotonic()
+    with pytest.raises(SamplerUnavailable):
+        await policy.turn(asks(seconds=0.2))
+    assert 0.15 < time.monotonic() - began < 2
+
+
+async def test_without_any_sampler_the_error_has_the_keepers_reason(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy
+) -> None:
+    await samplers.want("tiny")
+    async with database.begin() as session:
+        await repository.set_want_error(session, "tiny", "out of memory")
+    with pytest.raises(NoLiveSampler, match="out of memory"):
+        await policy.start(0.05)
+
+
+async def test_an_answer_that_breaks_the_protocol_is_not_asked_again(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+
+    async def lie(request: CompletionRequest) -> Completion | None:
+        raise SamplerMisbehaved("another model answered", url=engine.url)
+
+    engine.before = lie
+    with pytest.raises(SamplerMisbehaved):
+        await policy.turn(asks())
+    assert len(engine.requests) == 1
+
+
+async def test_versions_are_loaded_into_every_live_sampler_and_turns_are_spread(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engines = [await samplers.add(name) for name in ("a", "b")]
+    await policy.publish(0, version(0, tmp_path))
+    for _ in range(6):
+        await policy.turn(asks())
+    assert [len(engine.requests) for engine in engines] == [3, 3]
+
+
+async def test_idle_adapters_of_chat_make_room_for_a_run(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a", slots=2)
+    for name in ("chat-x", "chat-y"):
+        await engine.load_adapter(name, "/x")
+        async with database.begin() as session:
+            await repository.add_adapter(session, "sampler-a", name, "/x")
+    await policy.publish(0, version(0, tmp_path))
+    assert set(engine.adapters) == {"chat-y", f"{HOLDER}-v0"}
+
+
+async def test_a_retired_version_is_unloaded_and_its_directory_deleted(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    adapter = version(0, tmp_path)
+    await policy.publish(0, adapter)
+    await policy.retire(0)
+    assert engine.adapters == {}
+    assert not Path(adapter.path).exists()
+    async with database.read() as session:
+        assert await repository.loaded(session, "sampler-a", adapter.name) is None
+    await policy.retire(0)  # again is fine
+
+
+async def test_a_version_that_somebody_else_pins_stays_with_its_directory(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    adapter = version(0, tmp_path)
+    await policy.publish(0, adapter)
+    async with database.begin() as session:
+        await repository.pin(session, "sampler-a", adapter.name, "chat-1", 60)
+    await policy.retire(0)
+    assert engine.adapters == {adapter.name: adapter.path}
+    assert Path(adapter.path).exists()
+
+
+async def test_the_directory_outlives_a_sampler_that_does_not_answer(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    adapter = version(0, tmp_path)
+    await policy.publish(0, adapter)
+    engine.dead = True  # perhaps only busy, and still reading
+    await policy.retire(0)
+    assert Path(adapter.path).exists()
+
+
+async def test_keeping_survives_the_end_of_a_sampler_and_pins_on_the_next(
+    database: Database,
+    samplers: FakeSamplers,
+    policy: ServedPolicy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(policy_module, "KEEP_S", 0.01)
+    monkeypatch.setattr(policy_module, "PIN_S", 0.5)
+    old = await samplers.add("old")
+    await policy.publish(0, version(0, tmp_path))
+    keeping = asyncio.create_task(policy.keep())
+    await replace_sampler(database, samplers, old, "new")
+    await asyncio.sleep(0.1)
+    assert not keeping.done()  # a foreign key broke here
+    await policy.turn(asks())
+    async with database.begin() as session:
+        await repository.unpin(session, f"{HOLDER}-v0", HOLDER)
+    await asyncio.sleep(0.1)
+    async with database.read() as session:
+        assert await repository.pinned(session, "sampler-new", f"{HOLDER}-v0")
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_leftovers_of_earlier_attempts_are_unloaded_and_deleted_and_nobody_elses(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    engine.adapters = {"ftjob-1-a1-v3": "/x", "ftjob-1-a1-v4": "/x", "ftjob-12-a1-v3": "/y", "chat": "/z"}
+    left = tmp_path / "adapters"
+    left.mkdir()
+    await policy.clear_leftovers("ftjob-1", left)
+    assert set(engine.adapters) == {"ftjob-12-a1-v3", "chat"}
+    assert not left.exists()
+
+
+async def test_scores_come_per_sequence(samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path) -> None:
+    with pytest.raises(NoLiveSampler):
+        await policy.score("x", [[1, 2]])
+    await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+    assert await policy.score(f"{HOLDER}-v0", [[1, 2, 3], [4, 5]]) == [[-1.0, -1.0], [-1.0]]
