@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_policy import Supervisor, make_rows, make_start, make_step
+from tiny_policy import Supervisor, make_rows, make_start, make_step, save_model
 from transformers import AutoModelForCausalLM
 
 from workers.batch import BatchError
@@ -67,6 +67,16 @@ def test_a_published_version_is_what_peft_loads_from_disk(llama: Path, tmp_path:
     for path in Path(done.adapter.path).iterdir():
         assert path.stat().st_mode & 0o777 == 0o644
     assert Path(done.adapter.path).stat().st_mode & 0o777 == 0o755
+
+
+def test_a_model_with_sliding_windows_trains_on_padded_rows(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "mistral", window=16)
+    start = make_start(tmp_path, model)
+    (done,) = run(start, tmp_path, range(1, 2)).of(StepDone)
+    canary = json.loads(Path(start.canary).read_text())
+    ours = json.loads(Path(done.adapter.canary_log_probs).read_text())
+    assert (flat(ours) - flat(base_log_probs(model, canary, done.adapter.path))).abs().max() < 1e-5
+    assert done.metrics["forwarded_tokens"] >= done.metrics["raw_tokens"]
 
 
 def test_version_k_is_published_before_batch_k_plus_1_is_asked_for(llama: Path, tmp_path: Path) -> None:

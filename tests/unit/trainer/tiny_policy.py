@@ -28,7 +28,7 @@ CONFIGS = {
 }
 
 
-def save_model(directory: Path, family: str = "llama", seed: int = 0) -> Path:
+def save_model(directory: Path, family: str = "llama", seed: int = 0, window: int | None = None) -> Path:
     """Two layers, grouped heads, weights large enough that tokens differ in probability."""
     torch.manual_seed(seed)
     config = CONFIGS[family](
@@ -42,7 +42,7 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0) -> Path:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.15,
-        **({"sliding_window": None} if family == "mistral" else {}),
+        **({"sliding_window": window} if family == "mistral" else {}),
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
