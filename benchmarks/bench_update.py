@@ -19,6 +19,7 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the trainer process does; before torch is loaded
 
 import torch
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from workers.batch import TrainingRow
@@ -58,7 +59,7 @@ def demo_rows(seed: int = 0) -> list[TrainingRow]:
 
 
 def timed_steps(
-    policy: object, rows: list[TrainingRow], *, padded: bool, steps: int, profile: bool
+    policy: PeftModel, rows: list[TrainingRow], *, padded: bool, steps: int, profile: bool
 ) -> tuple[float, float]:
     """Seconds and CPU seconds of the fastest of `steps` updates; prints them with tokens forwarded and peak memory."""
     marks: list[tuple[float, float]] = []

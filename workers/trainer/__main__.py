@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import os
 import sys
+import time
 import traceback
 
 from workers.messages import Failed, Progress, ProtocolError, Start
@@ -24,6 +25,7 @@ _KEPT_ALLOCATION = 32 * 2**20
 
 
 def main() -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m workers.trainer")
     parser.add_argument("--in-fd", type=int, required=True)
     parser.add_argument("--out-fd", type=int, required=True)
@@ -37,7 +39,7 @@ def main() -> int:
         pipe.send(Progress("load", 0, 3))
         from workers.trainer.session import Session  # seconds of imports: only now that the pipe is watched
 
-        Session(start, pipe).run()
+        Session(start, pipe, time.monotonic, began).run()
     except BaseException as error:
         traceback.print_exc()
         text = "".join(traceback.format_exception(error))

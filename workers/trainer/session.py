@@ -38,9 +38,16 @@ class Stopped(Exception):
 class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
     """Runs as TRL's callback: `on_train_begin` publishes the first version, `on_step_end` everything after a step."""
 
-    def __init__(self, start: Start, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        start: Start,
+        channel: Channel,
+        clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+    ) -> None:
+        """`began` is when the process was started, on the same clock; `Ready` counts from there."""
         self._start, self._channel, self._clock = start, channel, clock
-        self._began = clock()
+        self._began = clock() if began is None else began
         self._step_began = self._began
         self.step = 0
 
