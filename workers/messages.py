@@ -153,14 +153,14 @@ def decode(line: bytes) -> Message:
     known = {f.name for f in fields(cls)}
     if unknown := set(data) - known:
         raise ProtocolError(f"{cls.__name__}: unknown fields {sorted(unknown)}")
-    for name, nested in _NESTED.items():
-        if isinstance(data.get(name), dict):
-            values = data[name]
-            if nested is LoraSpec:
-                values = {**values, "targets": tuple(values["targets"])}
-            data[name] = nested(**values)
     try:
+        for name, nested in _NESTED.items():
+            if name in data:
+                values = data[name]
+                if nested is LoraSpec:
+                    values = {**values, "targets": tuple(values["targets"])}
+                data[name] = nested(**values)
         message: Message = cls(**data)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ProtocolError(f"{cls.__name__}: {error}") from error
     return message

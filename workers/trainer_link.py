@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from workers import messages
@@ -33,7 +33,15 @@ class TrainerSilent(TrainerDied):
 class TrainerLink:
     """One trainer process. Not for concurrent use: one request at a time."""
 
-    def __init__(self, *, log: Path, environment: Mapping[str, str], silence_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        silence_s: float,
+        command: Sequence[str] = (sys.executable, "-m", "workers.trainer"),
+    ) -> None:
+        self._command = command
         self._log = log
         self._environment = environment
         self._silence_s = silence_s
@@ -66,7 +74,7 @@ class TrainerLink:
 
     def _spawn(self, answer_write: int) -> Child:
         return spawn(
-            [sys.executable, "-m", "workers.trainer", "--out-fd", str(answer_write)],
+            [*self._command, "--out-fd", str(answer_write)],
             log=self._log,
             environment=self._environment,
             leash=("--in-fd", FD),

@@ -28,12 +28,13 @@ class Match:
     def holds(self) -> bool:
         return math.isfinite(self.mean_abs) and self.mean_abs <= self.limit
 
-    def as_dict(self) -> dict[str, float | int | bool]:
+    def as_dict(self) -> dict[str, float | int | bool | None]:
+        """For an event: JSON has no NaN, and neither has PostgreSQL's; such a figure is None."""
         return {
             "tokens": self.tokens,
-            "mean_abs": self.mean_abs,
-            "max_abs": self.max_abs,
-            "k3": self.k3,
+            "mean_abs": _finite(self.mean_abs),
+            "max_abs": _finite(self.max_abs),
+            "k3": _finite(self.k3),
             "limit": self.limit,
             "holds": self.holds,
         }
@@ -51,9 +52,20 @@ def compare(served: Sequence[Sequence[float]], trained: Sequence[Sequence[float]
         tokens=len(pairs),
         mean_abs=math.fsum(abs(d) for d in differences) / len(pairs),
         max_abs=max(abs(d) for d in differences),
-        k3=math.fsum(math.expm1(d) - d for d in differences) / len(pairs),
+        k3=math.fsum(_k3(d) for d in differences) / len(pairs),
         limit=limit,
     )
+
+
+def _finite(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None
+
+
+def _k3(difference: float) -> float:
+    try:
+        return math.expm1(difference) - difference
+    except OverflowError:  # another policy altogether: the figure must not hide that
+        return math.inf
 
 
 def limit_for(sampler_dtype: str, trainer_dtype: str, baseline: float | None) -> float:
