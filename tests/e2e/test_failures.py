@@ -64,7 +64,7 @@ def test_bad_rows_fail_the_job_with_every_row_and_field_before_a_worker_is_claim
     assert (ended.error.code, ended.error.param) == ("invalid_training_file", "training_file")
     assert ended.hone["attempt"] == 0
     listed = next(event for event in service.events(job.id) if event.level == "error").data
-    assert {entry["row"] for entry in listed["rows"]} == {11, 12, 13}
+    assert {entry["row"] for entry in listed["problems"]} == {11, 12, 13}
 
 
 def test_cancel_ends_a_running_job_at_once_and_closes_its_rollouts(service: Service) -> None:
