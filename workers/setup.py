@@ -34,8 +34,8 @@ from app.tools.http import EndpointUnreachable, ToolEndpoint, dial
 from app.tools.schemas import parse_tools
 from workers.rollouts.types import Limits, Row
 
-CANARY_SEQUENCES = 4
-CANARY_TOKENS = 192  # per sequence: together more than the 256 tokens that the proof's bands were measured on
+CANARY_SEQUENCES = 2
+CANARY_TOKENS = 192  # each: together more than the 256 tokens that the bands were measured on, and half a second
 
 
 class JobFailure(Exception):
