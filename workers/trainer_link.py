@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from workers import messages
-from workers.messages import Failed, Progress, Ready, Start, Step, StepDone, Stop
+from workers.messages import Failed, Progress, ProtocolError, Ready, Start, Step, StepDone, Stop
 from workers.process import FD, Child, kill_group, log_tail, spawn
 
 
@@ -130,15 +130,24 @@ class TrainerLink:
                 raise TrainerSilent(
                     f"the trainer reported nothing for {self._silence_s:.0f} s", log_tail(self._log)
                 ) from error
+            except ValueError as error:  # no newline within the reader's limit
+                raise self._babbled(error) from error
             if not line:
                 raise self._died()
-            message = messages.decode(line)
+            try:
+                message = messages.decode(line)
+            except ProtocolError as error:
+                raise self._babbled(error) from error
             if isinstance(message, Progress):
                 self.on_progress(message)
             elif isinstance(message, Failed):
                 raise TrainerDied(f"the trainer failed: {message.error}: {message.message}", message.traceback)
             else:
                 return message
+
+    def _babbled(self, error: Exception) -> TrainerDied:
+        self.kill()
+        return TrainerDied(f"the trainer wrote something that is not a message: {error}", log_tail(self._log))
 
     def _died(self) -> TrainerDied:
         assert self._child is not None
