@@ -110,7 +110,8 @@ class Keeper:
             self.retry_at[base_model] = moment + BACK_OFF_S[-1]
             return
         log_file = self.settings.logs_dir / f"sampler-{base_model}.log"
-        for url in filter(None, (part.strip() for part in self.settings.sampler_urls.split(","))):
+        if urls := [part.strip() for part in self.settings.sampler_urls.split(",") if part.strip()]:
+            url = urls[self.failures.get(base_model, 0) % len(urls)]  # one that does not serve it: try the next
             self.kept[base_model] = Kept(base_model, url, None, log_file, moment, moment)
             return
         port = _free_port()

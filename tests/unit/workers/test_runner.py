@@ -1,0 +1,114 @@
+"""The embedded runner's pass: read files, start supervisors within its slots, take back what the dead held."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, update
+
+from app.core.settings import Settings
+from app.db.engine import Database, now
+from app.db.tables import Job, Process
+from tests.db.rows import Seed
+from workers.local import Runner
+from workers.process import Child, spawn
+
+
+class Counting(Runner):
+    """Starts `command` instead of a supervisor and remembers for which job."""
+
+    command = ("sleep", "60")
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.started: list[str] = []
+
+    def start(self, job_id: str) -> Child:
+        self.started.append(job_id)
+        return spawn(self.command, log=Path(self.settings.logs_dir / "x.log"), environment={}, leash=())
+
+
+@pytest.fixture
+async def runner(database: Database, settings: Settings) -> AsyncIterator[Counting]:
+    made = Counting(settings)
+    yield made
+    await made.shut_down()
+
+
+async def test_a_queued_job_gets_one_supervisor(runner: Counting, seed: Seed) -> None:
+    job_id = await seed.job(status="queued")
+    for _ in range(3):
+        await runner.tick()
+    assert runner.started == [job_id]
+
+
+async def test_no_more_supervisors_than_slots_and_the_oldest_job_first(runner: Counting, seed: Seed) -> None:
+    young, old = await seed.job(status="queued", created_at=2.0), await seed.job(status="queued", created_at=1.0)
+    await runner.tick()
+    assert runner.started == [old]
+    runner.children[old].kill()
+    async with runner.database.begin() as session:
+        await session.execute(update(Job).where(Job.id == old).values(status="succeeded"))
+    await runner.tick()
+    assert runner.started == [old, young]
+
+
+async def test_a_supervisor_that_ended_frees_its_slot_and_a_job_put_back_is_started_again(
+    runner: Counting, seed: Seed
+) -> None:
+    runner.command = ("true",)
+    job_id = await seed.job(status="queued")
+    await runner.tick()
+    await asyncio.to_thread(runner.children[job_id].process.wait, 10)
+    await runner.tick()
+    assert runner.started == [job_id, job_id]
+
+
+async def test_an_expired_lease_is_taken_back(runner: Counting, seed: Seed) -> None:
+    job_id = await seed.job(status="running", attempt=1, lease_owner="dead", lease_until=1.0)
+    await runner.tick()
+    await runner.tick()
+    assert runner.started == [job_id]
+
+
+async def test_files_are_read_beside_the_loop_and_once(
+    runner: Counting, seed: Seed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await seed.job()
+    reading, may_end = [], asyncio.Event()
+
+    async def read(database: Database, settings: Settings, catalogue: object, job: str, owner: str) -> None:
+        reading.append(job)
+        await may_end.wait()
+
+    monkeypatch.setattr("workers.local.validate_job", read)
+    for _ in range(3):
+        await asyncio.wait_for(runner.tick(), 5)
+        await asyncio.sleep(0)
+    assert reading == [job_id]
+    may_end.set()
+    await asyncio.gather(*runner.reading.values())
+    assert runner.reading == {}
+
+
+async def test_running_announces_itself_and_stopping_ends_the_children(
+    settings: Settings, database: Database, seed: Seed
+) -> None:
+    runner = Counting(settings)
+    await seed.job(status="queued")
+    running = asyncio.create_task(runner.run())
+    while not runner.children:
+        await asyncio.sleep(0.01)
+    (child,) = runner.children.values()
+    async with database.read() as session:
+        (row,) = (await session.scalars(select(Process))).all()
+        assert (row.kind, row.host) == ("runner", settings.hostname)
+        assert await session.scalar(select(now() - Process.heartbeat)) < 10
+    runner.stopping.set()
+    await asyncio.wait_for(running, 10)
+    assert child.poll() is not None
+    async with database.read() as session:
+        assert (await session.scalars(select(Process))).all() == []
