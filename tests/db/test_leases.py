@@ -84,9 +84,11 @@ async def test_a_lease_is_as_long_as_asked_by_the_databases_clock(database: Data
 async def test_a_clock_of_a_worker_that_is_wrong_changes_nothing(
     database: Database, queued: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "time", lambda: 9e9)
     await won(database, queued)
     assert await take_back(database) == []
+    async with database.read() as session:
+        assert await session.scalar(select(Job.lease_until - now())) == pytest.approx(LEASE_S, abs=5)
 
 
 async def test_every_claim_raises_the_attempt_and_keeps_the_first_start(database: Database, queued: str) -> None:

@@ -148,6 +148,21 @@ async def test_a_dead_engine_is_waited_for_until_the_deadline_and_not_longer(
     assert 0.15 < time.monotonic() - began < 2
 
 
+async def test_an_engine_that_lives_and_always_fails_is_given_up_at_the_deadline_with_its_own_words(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+
+    async def fail(request: CompletionRequest) -> Completion | None:
+        raise SamplerUnavailable("500: out of blocks", url=engine.url)
+
+    engine.before = fail
+    with pytest.raises(SamplerUnavailable, match="out of blocks"):
+        await asyncio.wait_for(policy.turn(asks(seconds=0.2)), 5)
+    assert len(engine.requests) > 1
+
+
 async def test_without_any_sampler_the_error_has_the_keepers_reason(
     database: Database, samplers: FakeSamplers, policy: ServedPolicy
 ) -> None:

@@ -1,0 +1,45 @@
+"""Trace files: appended frames, read back at their place, never outside their directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.rollouts.traces import TraceMissing, append_trace, pack, read_trace, unpack
+
+
+@given(st.lists(st.integers(0, 2**31 - 1)))
+def test_ids_survive_packing(values: list[int]) -> None:
+    assert unpack(pack(values, "ids"), "ids") == values
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False)))
+def test_log_probs_survive_packing_as_single_precision(values: list[float]) -> None:
+    assert unpack(pack(values, "log_probs"), "log_probs") == values
+
+
+def test_every_frame_is_found_again_after_the_file_has_grown(tmp_path: Path) -> None:
+    file = tmp_path / "ftjob-1" / "a1" / "step-1.jsonl.zst"
+    places = [append_trace(file, {"n": n, "text": "ä\n" * n}) for n in range(5)]
+    assert places[0][0] == 0
+    assert [place[0] for place in places[1:]] == [offset + length for offset, length in places[:-1]]
+    name = str(file.relative_to(tmp_path))
+    assert [read_trace(tmp_path, name, *place)["n"] for place in reversed(places)] == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret"])
+def test_nothing_outside_the_directory_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "traces").mkdir()
+    offset, length = append_trace(tmp_path / "secret", {"n": 1})
+    with pytest.raises(TraceMissing):
+        read_trace(tmp_path / "traces", name, offset, length)
+
+
+def test_a_trace_that_is_gone_or_damaged_says_so(tmp_path: Path) -> None:
+    offset, length = append_trace(tmp_path / "t", {"n": 1})
+    for file, place in (("gone", (offset, length)), ("t", (offset + 1, length)), ("t", (offset, length - 1))):
+        with pytest.raises(TraceMissing, match=file):
+            read_trace(tmp_path, file, *place)
