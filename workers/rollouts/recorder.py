@@ -32,6 +32,7 @@ class Recorder:
         self._traces_dir = traces_dir
         self._queue: list[tuple[Ended, Row]] = []
         self._flushing = asyncio.Lock()
+        self._finished = False
         self._activity: tuple[str, float] | None = None
         self._shown: str | None = None
         self.seconds = seconds  # per phase, over all attempts; stored with every flush
@@ -82,19 +83,30 @@ class Recorder:
             self.on_flush()
 
     async def flush(self) -> None:
-        """Write what is queued: traces first (a thread), then one short transaction."""
+        """Write what is queued. Raises `LeaseLost`."""
         async with self._flushing:
-            batch, self._queue = self._queue, []
-            rows = await asyncio.to_thread(self._write_traces, batch) if batch else []
-            values: dict[str, Any] = {"seconds": {name: round(s, 3) for name, s in self.seconds.items()}}
-            if self._activity is not None:
-                values["activity"] = self._activity[0]
-                if self._activity[0] != self._shown:
-                    values["activity_at"] = now()
-                    self._shown = self._activity[0]
-            async with self._database.begin() as session:
-                await leases.fenced(session, self._fence, **values)
-                await ledger.graded(session, rows)
+            if not self._finished:
+                await self._write()
+
+    async def finish(self) -> None:
+        """The last flush: the job is about to end, and a later one would find the lease gone and call that a loss."""
+        async with self._flushing:
+            await self._write()
+            self._finished = True
+
+    async def _write(self) -> None:
+        """Traces first (a thread), then one short transaction."""
+        batch, self._queue = self._queue, []
+        rows = await asyncio.to_thread(self._write_traces, batch) if batch else []
+        values: dict[str, Any] = {"seconds": {name: round(s, 3) for name, s in self.seconds.items()}}
+        if self._activity is not None:
+            values["activity"] = self._activity[0]
+            if self._activity[0] != self._shown:
+                values["activity_at"] = now()
+                self._shown = self._activity[0]
+        async with self._database.begin() as session:
+            await leases.fenced(session, self._fence, **values)
+            await ledger.graded(session, rows)
 
     def _write_traces(self, batch: Iterable[tuple[Ended, Row]]) -> list[dict[str, Any]]:
         rows = []
