@@ -94,24 +94,35 @@ async def test_dropped_groups_are_replaced_too() -> None:
     assert (len(found.of(Verdict.DROPPED)), len(found.of(Verdict.TRAINABLE))) == (1, 2)
 
 
-async def test_a_streak_of_faults_stops_with_the_last_words() -> None:
+async def test_when_everything_fails_the_job_stops_with_the_last_words() -> None:
     ledger = Ledger()
     made = pool(ledger, lambda key: GraderFailed("g", "http://g", 4, "answered 503"), limit=4)
-    with pytest.raises(TooManyFailures, match=r"rollouts in a row .*grader_failed.*answered 503") as caught:
+    with pytest.raises(TooManyFailures, match=r"of the last 16 .* \(grader_failed\).*answered 503") as caught:
         await made.step(1, 0, RowStream(ROWS, 0), 20)
-    assert 16 <= len(ledger.finished) < 30 < len(ledger.started)
     assert caught.value.state == "grader_failed"
+    assert 16 <= len(ledger.finished) < 30 < len(ledger.started)
     assert made.active == {}
 
 
-async def test_one_good_rollout_ends_the_streak() -> None:
-    ledger = Ledger()
+async def test_successes_in_between_do_not_hide_that_half_of_them_fail() -> None:
+    def every_other(key: RolloutKey) -> float | Exception:
+        return InvalidScore("g", "NaN") if key.sample % 2 else 1.0
 
+    with pytest.raises(TooManyFailures, match="8 of the last 16"):
+        await pool(Ledger(), every_other, limit=1).step(1, 0, RowStream(ROWS, 0), 20)
+
+
+async def test_a_quarter_of_faults_is_lived_with() -> None:
     def rarely(key: RolloutKey) -> float | Exception:
-        return 1.0 if key.sample == 3 else InvalidScore("g", "NaN")
+        return InvalidScore("g", "NaN") if key.sample == 3 else mixed(key)
 
-    found = await pool(ledger, rarely, limit=1).step(1, 0, RowStream(ROWS, 0), 8)
-    assert len(found.of(Verdict.DROPPED)) == 16
+    found = await pool(Ledger(), rarely, limit=1).step(1, 0, RowStream(ROWS, 0), 20)
+    assert len(found.of(Verdict.TRAINABLE)) == 20
+
+
+async def test_too_few_rollouts_are_no_verdict() -> None:
+    found = await pool(Ledger(), lambda key: InvalidScore("g", "NaN")).step(1, 0, RowStream(ROWS, 0), 1)
+    assert len(found.of(Verdict.DROPPED)) == 2  # eight rollouts, all failed
 
 
 async def test_no_more_rollouts_run_at_once_than_the_limit() -> None:
