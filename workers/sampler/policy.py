@@ -28,6 +28,7 @@ log = logging.getLogger("hone.policy")
 PIN_S = 90.0
 KEEP_S = 20.0  # how often wants and pins are renewed
 RETRY_PAUSE_S = 0.5
+PUBLISH_WAIT_S = 300.0  # for the keeper to bring a sampler back: a finished step is worth more than this wait
 
 
 class NoLiveSampler(SamplerUnavailable):
@@ -66,11 +67,22 @@ class ServedPolicy:
                     self._ready.pop(sampler.id, None)
 
     async def publish(self, version: int, adapter: Adapter) -> None:
-        """Load a version into every live sampler. Raises `SamplerError`."""
+        """Load a version into every live sampler; without one, wait for it. Raises `SamplerError`.
+
+        Samplers that went while nothing was sampled are forgotten here, or one of them would be asked for the proof.
+        """
         self._adapters[version] = adapter
+        before, self._ready = self._ready, {}
         for sampler in await self._samplers.live(self._base_model, max_age_s=0.0):
-            await self._load(sampler, adapter)
-            self._ready[sampler.id] = sampler
+            missing = [adapter] if sampler.id in before else list(self._adapters.values())
+            try:
+                for one in missing:
+                    await self._load(sampler, one)
+                self._ready[sampler.id] = sampler
+            except SamplerUnavailable as error:
+                log.warning("publishing to %s: %s", sampler.url, error)
+        if not self._ready:
+            await self._recover(None, self._recoveries, time.monotonic() + PUBLISH_WAIT_S)
 
     async def retire(self, version: int) -> None:
         """Unload a version that no request names any more, and delete its directory once nobody pins it."""

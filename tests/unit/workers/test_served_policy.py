@@ -198,6 +198,41 @@ async def test_versions_are_loaded_into_every_live_sampler_and_turns_are_spread(
     assert [len(engine.requests) for engine in engines] == [3, 3]
 
 
+async def test_a_sampler_replaced_while_nothing_was_sampled_costs_nothing(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    old = await samplers.add("old")
+    await policy.publish(0, version(0, tmp_path))
+    new = await replace_sampler(database, samplers, old, "new")
+    await policy.publish(1, version(1, tmp_path))
+    assert set(new.adapters) == {f"{HOLDER}-v0", f"{HOLDER}-v1"}
+    for _ in range(4):  # never the one that is gone
+        assert await policy.score(f"{HOLDER}-v1", [[1, 2]]) == [[-1.0]]
+
+
+async def test_publishing_waits_for_a_sampler_that_is_being_restarted(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+    engine.dead = True  # its row is still fresh
+    publishing = asyncio.create_task(policy.publish(1, version(1, tmp_path)))
+    await asyncio.sleep(0.05)
+    assert not publishing.done()
+    engine.dead = False
+    engine.adapters.clear()
+    await asyncio.wait_for(publishing, 10)
+    assert set(engine.adapters) == {f"{HOLDER}-v0", f"{HOLDER}-v1"}
+
+
+async def test_publishing_gives_up_after_its_wait(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_module, "PUBLISH_WAIT_S", 0.05)
+    with pytest.raises(NoLiveSampler):
+        await policy.publish(0, version(0, tmp_path))
+
+
 async def test_idle_adapters_of_chat_make_room_for_a_run(
     database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
 ) -> None:
