@@ -4,6 +4,7 @@ Does not cover: restarting it, which is the keeper's work.
 """
 
 import argparse
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -24,10 +25,21 @@ def main() -> int:
     args = parser.parse_args()
     # Before torch loads libgomp: a thread that waits sleeps soon, so an idle engine takes nothing from the trainer.
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    _keep_the_heap_small()
     from workers.sampler.builtin import server
 
     return server.serve(args)
+
+
+def _keep_the_heap_small() -> None:
+    """Tell glibc to give big blocks back: by default every thread that merges or decodes hoards what it once used."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        mallopt(arena_max, 2)
+        mallopt(mmap_threshold, 8 << 20)
+        mallopt(trim_threshold, 256 << 20)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Does not cover: names, slots and memory limits (`engine`).
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ class AdapterConfig:
         return any(module == t or module.endswith("." + t) for t in self.targets)
 
 
-def merge_adapter(path: Path, pristine: Mapping[str, Tensor], *, max_rank: int) -> dict[str, Tensor]:
-    """Merged fp32 weights by module name. Raises AdapterRefused."""
+def merge_adapter(path: Path, pristine: Mapping[str, Tensor], *, max_rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Module names with their merged fp32 weights, one at a time: all of them at once are twice the served copy.
+
+    Raises AdapterRefused before the first one is handed out.
+    """
     config = read_config(path, max_rank)
     covered = [name for name in pristine if config.covers(name)]
     if not covered:
@@ -48,13 +51,12 @@ def merge_adapter(path: Path, pristine: Mapping[str, Tensor], *, max_rank: int) 
         raise AdapterRefused(f"{len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}")
     if surplus := sorted(tensors.keys() - wanted):
         raise AdapterRefused(f"{len(surplus)} tensors belong to no target module, the first is {surplus[0]}")
-    merged = {}
+    pairs = {}
     for name in covered:
-        weight = pristine[name]
-        a = _checked(tensors, f"{_PREFIX}{name}.lora_A.weight", (config.rank, weight.shape[1]))
-        b = _checked(tensors, f"{_PREFIX}{name}.lora_B.weight", (weight.shape[0], config.rank))
-        merged[name] = torch.addmm(weight.float(), b, a, alpha=config.scale)
-    return merged
+        out_features, in_features = pristine[name].shape
+        a = _checked(tensors, f"{_PREFIX}{name}.lora_A.weight", (config.rank, in_features))
+        pairs[name] = a, _checked(tensors, f"{_PREFIX}{name}.lora_B.weight", (out_features, config.rank))
+    return ((n, torch.addmm(pristine[n].float(), b, a, alpha=config.scale)) for n, (a, b) in pairs.items())
 
 
 def read_config(path: Path, max_rank: int) -> AdapterConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,10 +67,21 @@ class Counters:
     steps: int = 0
 
 
+@dataclass(frozen=True)
+class _Load:
+    name: str
+    path: Path
+    done: Future[None]
+
+
 @dataclass
 class _Inbox:
     submitted: list[Ticket] = field(default_factory=list)
     cancelled: list[Ticket] = field(default_factory=list)
+    loads: list[_Load] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.submitted or self.cancelled or self.loads)
 
 
 class Engine:
@@ -83,26 +95,21 @@ class Engine:
         self._dead: str | None = None
         self._stopping = False
         self._turn = 0
-        self._loading = threading.Lock()
         base = self._version(base_name, str(model.path), model.base)
         self._names: dict[str, Version] = {base_name: base}
         self._unloaded: list[Version] = []  # nameless, with requests still running
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from any thread ---
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout_s: float) -> None:
+    def stop(self) -> None:
+        """Make `run` return after its current step; may be called from a signal handler."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join(timeout_s)
 
     @property
     def healthy(self) -> bool:
-        return self._dead is None and self._thread.is_alive()
+        return self._dead is None
 
     def adapters(self) -> list[Version]:
         with self._wake:
@@ -144,33 +151,22 @@ class Engine:
     def waiting(self) -> int:
         return len(self._inbox.submitted) + sum(len(v.lane.waiting) for v in self._versions())
 
-    def load_adapter(self, name: str, path: Path) -> None:
-        """Merge and name a new version. Raises RequestRefused or AdapterRefused; takes a fraction of a second."""
-        with self._loading:
-            with self._wake:
-                self._sweep()
-                if not name or name in self._names:
-                    raise RequestRefused(
-                        400,
-                        f"The lora adapter '{name}' has already been loaded, or is no name.",
-                        type="InvalidUserInput",
-                        param="lora_name",
-                    )
-                live = len(self._names) - 1 + len(self._unloaded)
-                if live >= self.limits.max_adapters:
-                    raise RequestRefused(
-                        400,
-                        f"{live} adapter versions are live, --max-loras is {self.limits.max_adapters}: unload one",
-                        param="lora_name",
-                    )
-            if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
-                raise RequestRefused(404, f"No adapter found for {path}", type="NotFoundError", param="lora_path")
-            self._require_memory()
-            with torch.inference_mode():
-                merged = merge_adapter(path, self.model.pristine, max_rank=self.limits.max_rank)
-                weights = self.model.with_weights(merged)
-            with self._wake:
-                self._names[name] = self._version(name, str(path), weights)
+    def load_adapter(self, name: str, path: Path, *, timeout_s: float) -> None:
+        """Merge and name a new version between two steps of the engine's thread, and wait for it.
+
+        Raises RequestRefused or AdapterRefused, and EngineFault when the engine is dead or does not come to it in time.
+        """
+        done: Future[None] = Future()
+        with self._wake:
+            if self._dead is not None:
+                raise EngineFault(self._dead)
+            self._inbox.loads.append(_Load(name, path, done))
+            self._wake.notify()
+        try:
+            done.result(timeout_s)
+        except TimeoutError as error:
+            done.cancel()
+            raise EngineFault(f"adapter '{name}' was not loaded within {timeout_s:.0f} s") from error
 
     def unload_adapter(self, name: str) -> None:
         with self._wake:
@@ -205,18 +201,21 @@ class Engine:
         self._unloaded = [v for v in self._unloaded if v.users]
 
     def _require_memory(self) -> None:
-        need = sum(w.numel() for w in self.model.pristine.values()) * (self.model.dtype.itemsize + 4)
+        need = sum(w.numel() for w in self.model.pristine.values()) * self.model.dtype.itemsize
         free = _available_bytes()
         if free is not None and free < need * 1.1:
-            raise AdapterRefused(
-                f"a merged copy needs {need >> 20} MiB while it is made, {free >> 20} MiB are free: unload a version"
-            )
+            raise AdapterRefused(f"a merged copy needs {need >> 20} MiB, {free >> 20} MiB are free: unload a version")
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Compute until `stop`, or until the engine fails.
+
+        Call it in the thread that loaded the model: every thread that runs a parallel region gets OpenMP workers of its
+        own, and with more workers than cores libgomp puts them to sleep between regions (half the speed on two cores).
+        """
         with torch.inference_mode():
             while True:
                 with self._wake:
-                    while not (self._stopping or self._inbox.submitted or self._inbox.cancelled or self._next()):
+                    while not (self._stopping or self._inbox or self._next()):
                         self._wake.wait()
                     if self._stopping:
                         return
@@ -228,6 +227,8 @@ class Engine:
                             t.version.users -= 1
                     self._sweep()
                     version = self._next()
+                for load in inbox.loads:
+                    self._load(load)
                 if version is None:
                     continue
                 try:
@@ -236,6 +237,43 @@ class Engine:
                     log.exception("the engine failed")
                     self._die(f"the engine failed: {error}")
                     return
+
+    def _load(self, load: _Load) -> None:
+        if not load.done.set_running_or_notify_cancel():
+            return
+        try:
+            self._merge(load.name, load.path)
+        except (RequestRefused, AdapterRefused) as refusal:
+            load.done.set_exception(refusal)
+        except Exception as error:  # a file or memory fault of one adapter must not end the engine
+            log.exception("adapter %s at %s", load.name, load.path)
+            load.done.set_exception(AdapterRefused(str(error)))
+        else:
+            load.done.set_result(None)
+
+    def _merge(self, name: str, path: Path) -> None:
+        with self._wake:
+            if not name or name in self._names:
+                raise RequestRefused(
+                    400,
+                    f"The lora adapter '{name}' has already been loaded, or is no name.",
+                    type="InvalidUserInput",
+                    param="lora_name",
+                )
+            live = len(self._names) - 1 + len(self._unloaded)
+        if live >= self.limits.max_adapters:
+            raise RequestRefused(
+                400,
+                f"{live} adapter versions are live, --max-loras is {self.limits.max_adapters}: unload one",
+                param="lora_name",
+            )
+        if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
+            raise RequestRefused(404, f"No adapter found for {path}", type="NotFoundError", param="lora_path")
+        self._require_memory()
+        merged = merge_adapter(path, self.model.pristine, max_rank=self.limits.max_rank)
+        version = self._version(name, str(path), self.model.with_weights(merged))
+        with self._wake:
+            self._names[name] = version
 
     def _next(self) -> Version | None:
         """The version with work whose last turn is longest ago."""
@@ -268,9 +306,12 @@ class Engine:
     def _die(self, reason: str) -> None:
         with self._wake:
             self._dead = reason
-            tickets, self._inbox = self._inbox.submitted, _Inbox()
-        for t in tickets:
+            inbox, self._inbox = self._inbox, _Inbox()
+        for t in inbox.submitted:
             t.row.finish(EngineFault(reason))
+        for load in inbox.loads:
+            if load.done.set_running_or_notify_cancel():
+                load.done.set_exception(EngineFault(reason))
         for v in self._versions():
             v.lane.fail(EngineFault(reason))
 

@@ -8,7 +8,7 @@ Does not cover: reading adapters (`adapters`) or batching (`lane`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -94,10 +94,10 @@ class LoadedModel:
     def base(self) -> ServedWeights:
         return ServedWeights(self._module, 0)
 
-    def with_weights(self, merged: Mapping[str, Tensor]) -> ServedWeights:
+    def with_weights(self, merged: Iterable[tuple[str, Tensor]]) -> ServedWeights:
         """A version whose linear layers named in `merged` (pristine names, any dtype) have these weights."""
         module, size = _twin(self._module), 0
-        for name, weight in merged.items():
+        for name, weight in merged:
             old = module.get_submodule(name)
             served = weight.to(self.dtype)
             size += served.nbytes

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from workers.sampler.builtin.model import LoadedModel, ModelRefused, gemm_gflops
 from workers.sampler.builtin.text import Decoder, NoTokenizer, load_decoder
 
 log = logging.getLogger(__name__)
+LOAD_TIMEOUT_S = 110.0  # a little less than the client waits
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -49,7 +52,6 @@ def serve(args: argparse.Namespace) -> int:
     limits = Limits(args.max_loras, args.max_lora_rank, cache_tokens=tokens, running_tokens=tokens)
     decoder = load_decoder(args.model)
     engine = Engine(model, decoder, args.served_model_name, limits)
-    engine.start()
     about = {"dtype": name, "gemm_gflops": speed, "threads": args.threads}
     config = uvicorn.Config(
         build_app(engine, decoder, about),
@@ -60,9 +62,31 @@ def serve(args: argparse.Namespace) -> int:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run()
-    engine.stop(timeout_s=1.0)
-    return 0
+    server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+        engine.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+    def listen() -> None:
+        try:
+            server.run()
+        except SystemExit:  # uvicorn's way to say that the port is taken
+            log.error("cannot listen on %s:%d", args.host, args.port)
+        engine.stop()
+
+    # The engine keeps this thread, in which the model was loaded (see Engine.run); HTTP gets one of its own.
+    http = threading.Thread(target=listen, name="http", daemon=True)
+    http.start()
+    engine.run()
+    if engine.healthy:
+        http.join(timeout=3.0)
+        return 0 if server.should_exit else 1
+    http.join()  # dead: answer 503 until somebody stops the process
+    return 1
 
 
 def build_app(engine: Engine, decoder: Decoder, about: dict[str, Any]) -> Starlette:
@@ -169,10 +193,12 @@ class Routes:
         body = await _json(request)
         name, path = _text(body, "lora_name"), _text(body, "lora_path")
         try:
-            await run_in_threadpool(self._engine.load_adapter, name, Path(path))
+            await run_in_threadpool(self._engine.load_adapter, name, Path(path), timeout_s=LOAD_TIMEOUT_S)
         except AdapterRefused as error:
             log.warning("adapter %s at %s refused: %s", name, path, error)
             raise RequestRefused(500, f"{name}: {error}", type="InternalServerError", param="lora_path") from error
+        except EngineFault as error:
+            raise RequestRefused(500, str(error), type="InternalServerError") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_adapter(self, request: Request) -> Response:

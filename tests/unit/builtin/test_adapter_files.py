@@ -29,25 +29,25 @@ def adapter(path: Path, *, b: float = 0.5, targets: Any = ("q_proj",), **config:
 
 
 def test_the_merge_is_the_base_plus_scaled_product(tmp_path: Path) -> None:
-    merged = merge_adapter(adapter(tmp_path), PRISTINE, max_rank=16)
+    merged = dict(merge_adapter(adapter(tmp_path), PRISTINE, max_rank=16))
     assert merged.keys() == {"layers.0.q_proj"}
     assert torch.equal(merged["layers.0.q_proj"], PRISTINE["layers.0.q_proj"].float() + 4 * torch.ones(6, 4))
 
 
 def test_rslora_scales_by_the_square_root_of_the_rank(tmp_path: Path) -> None:
-    merged = merge_adapter(adapter(tmp_path, use_rslora=True), PRISTINE, max_rank=16)
+    merged = dict(merge_adapter(adapter(tmp_path, use_rslora=True), PRISTINE, max_rank=16))
     change = merged["layers.0.q_proj"] - PRISTINE["layers.0.q_proj"].float()
     assert change == pytest.approx(torch.full((6, 4), 8 / 2**0.5), abs=1e-5)
 
 
 def test_b_zero_gives_the_base_bit_for_bit(tmp_path: Path) -> None:
-    merged = merge_adapter(adapter(tmp_path, b=0.0), PRISTINE, max_rank=16)["layers.0.q_proj"]
+    merged = dict(merge_adapter(adapter(tmp_path, b=0.0), PRISTINE, max_rank=16))["layers.0.q_proj"]
     assert torch.equal(merged.bfloat16().view(torch.int16), PRISTINE["layers.0.q_proj"].view(torch.int16))
 
 
 @pytest.mark.parametrize("targets", [["layers.0.q_proj"], r".*\.q_proj"])
 def test_targets_are_names_or_a_pattern(tmp_path: Path, targets: Any) -> None:
-    assert merge_adapter(adapter(tmp_path, targets=targets), PRISTINE, max_rank=16).keys() == {"layers.0.q_proj"}
+    assert dict(merge_adapter(adapter(tmp_path, targets=targets), PRISTINE, max_rank=16)).keys() == {"layers.0.q_proj"}
 
 
 @pytest.mark.parametrize(
