@@ -83,7 +83,7 @@ def serve(args: argparse.Namespace) -> int:
     http.start()
     engine.run()
     if engine.healthy:
-        http.join(timeout=3.0)
+        http.join(timeout=1.0)
         return 0 if server.should_exit else 1
     http.join()  # dead: answer 503 until somebody stops the process
     return 1
