@@ -36,6 +36,7 @@ log = logging.getLogger("hone.keeper")
 
 POLL_S = 0.5
 BEAT_S = 3.0
+SILENCE_S = 30.0  # a sampler that is dead inside keeps its process; after this it is replaced
 BACK_OFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -50,6 +51,7 @@ class Kept:
     started: float  # monotonic
     wanted: float  # monotonic: last time somebody wanted it
     row_id: str | None = None  # set once it is healthy
+    healthy: float = 0.0  # monotonic: last time it answered /health
 
 
 class Keeper:
@@ -171,17 +173,22 @@ class Keeper:
             )
             await repository.register(session, row)
             await repository.set_want_error(session, kept.base_model, None)
-        kept.row_id = row_id
+        kept.row_id, kept.healthy = row_id, time.monotonic()
         self.failures.pop(kept.base_model, None)
         log.info("sampler for %s is ready after %.1f s", kept.base_model, time.monotonic() - kept.started)
 
     async def beat(self) -> None:
-        """Refresh rows of samplers that answer; one that does not answer simply grows stale."""
+        """Refresh rows of samplers that answer; one that does not grows stale, then is replaced."""
         await self.presence.beat()
         for kept in list(self.kept.values()):
-            if kept.row_id is not None and await SamplerClient(self.http, kept.url).health():
+            if kept.row_id is None:
+                continue
+            if await SamplerClient(self.http, kept.url).health():
+                kept.healthy = time.monotonic()
                 async with self.database.begin() as session:
                     await repository.beat(session, kept.row_id)
+            elif kept.child is not None and time.monotonic() - kept.healthy > SILENCE_S:
+                await self.failed(kept, f"did not answer /health for {SILENCE_S:.0f} s: {log_tail(kept.log, 500)}")
 
     async def failed(self, kept: Kept, reason: str) -> None:
         count = self.failures.get(kept.base_model, 0) + 1
