@@ -25,7 +25,7 @@ def summary(rollouts: Sequence[Ended]) -> dict[str, Any]:
     """Reward with its standard error, and what the rollouts cost; only graded ones count."""
     graded = [ended for ended in rollouts if ended.grade is not None]
     rewards = [ended.reward for ended in graded]
-    calls = sum(len(e.trajectory.tools) + e.trajectory.invalid_calls for e in graded)
+    calls = sum(e.trajectory.attempted_calls for e in graded)
     invalid = sum(e.trajectory.invalid_calls for e in graded)
     return {
         "n": len(graded),

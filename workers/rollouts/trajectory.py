@@ -104,7 +104,7 @@ async def _episode(
         for turn in range(setting.limits.max_steps):
             parsed, completion = await _turn(setting, key, row, trajectory, turn, deadline)
             valid = [call for call in parsed.calls if call.error is None]
-            trajectory.invalid_calls += len(parsed.calls) - len(valid)
+            trajectory.malformed_calls += len(parsed.calls) - len(valid)
             calls = [_function_call(call) for call in valid]
             trajectory.messages.append(_assistant_message(parsed, calls))
             if completion.finish_reason == "length":
@@ -176,7 +176,7 @@ async def _run_tools(
     async def one(call: FunctionCall) -> ToolRecord:
         endpoint = setting.endpoints.get(call.name) if call.name in offered else None
         if endpoint is None:
-            trajectory.invalid_calls += 1
+            trajectory.unknown_calls += 1
             text = f"error: unknown tool {call.name!r}"
             return ToolRecord(call.call_id, call.name, call.arguments, text, 404, 0, 0.0, True)
         outcome = await call_tool(

@@ -111,7 +111,8 @@ class Trajectory:
     tools: list[ToolRecord] = field(default_factory=list)
     turns: list[dict[str, Any]] = field(default_factory=list)  # per turn: tokens, seconds, finish, model
     prompt_tokens: int = 0
-    invalid_calls: int = 0
+    malformed_calls: int = 0  # blocks that could not be read
+    unknown_calls: int = 0  # readable, but of a tool that the row does not offer; answered with an error
     stop_reason: StopReason | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "tools": 0.0, "grading": 0.0})
     activity: str = "waiting"  # what it is doing now, for people
@@ -120,6 +121,15 @@ class Trajectory:
     @property
     def completion_tokens(self) -> int:
         return sum(self.mask)
+
+    @property
+    def invalid_calls(self) -> int:
+        return self.malformed_calls + self.unknown_calls
+
+    @property
+    def attempted_calls(self) -> int:
+        """Every block that was meant as a call, readable or not."""
+        return self.malformed_calls + len(self.tools)
 
     @property
     def truncated(self) -> bool:

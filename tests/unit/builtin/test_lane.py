@@ -14,8 +14,9 @@ from tests.contract.sampler.servers import EOS, teacher_forced, write_model
 from workers.sampler.builtin.engine import Engine, Limits
 from workers.sampler.builtin.generation import EngineFault, Generation, RequestRefused
 from workers.sampler.builtin.kv import PoolShelf
-from workers.sampler.builtin.lane import Lane, Running
+from workers.sampler.builtin.lane import Lane
 from workers.sampler.builtin.model import LoadedModel, ModelRefused
+from workers.sampler.builtin.running import Running
 from workers.sampler.builtin.text import NoTokenizer
 
 MAX_TOKENS = 10**6

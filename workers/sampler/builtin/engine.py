@@ -25,8 +25,9 @@ from workers.sampler.builtin.generation import (
     RequestRefused,
 )
 from workers.sampler.builtin.kv import PoolShelf
-from workers.sampler.builtin.lane import Lane, Running
+from workers.sampler.builtin.lane import Lane
 from workers.sampler.builtin.model import LoadedModel, ServedWeights
+from workers.sampler.builtin.running import Running
 from workers.sampler.builtin.text import Decoder, StopStrings
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,9 @@ Does not cover: whose turn it is among versions, and the thread (`engine`).
 
 from __future__ import annotations
 
-import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from workers.sampler.builtin import attention, sampling
-from workers.sampler.builtin.generation import EngineFault, Generation, Outcome
+from workers.sampler.builtin.generation import EngineFault, Outcome
 from workers.sampler.builtin.kv import Ids, PoolShelf, PrefixTree, Segment, SlotPool, common_prefix
-from workers.sampler.builtin.text import StopStrings
+from workers.sampler.builtin.running import Running, Seen
 
 CHUNK_BUDGET = 512  # prefill tokens a step
 SCORE_BUDGET = 128  # scored prompt tokens a step: each needs a row of logits over the vocabulary
@@ -28,51 +27,6 @@ ATTACH = 512  # rows x tokens from which attending a segment once beats copying 
 DETACH = 128
 DEFER = 32  # tokens another prompt is about to put into the cache that are worth one step of waiting
 BLOCK = 16  # slots per tail call when lengths differ much
-
-
-@dataclass(eq=False)
-class Running:
-    """One sequence. `ids[:length]` is known text; keys and values exist for `ids[:computed]`."""
-
-    generation: Generation
-    finish: Callable[[Outcome | EngineFault], None]
-    stops: StopStrings | None
-    ids: Ids = field(init=False)
-    length: int = field(init=False)
-    rng: random.Random = field(init=False)
-    computed: int = 0
-    cached: int = 0
-    tail_start: int = 0
-    attached: tuple[Segment, ...] = ()
-    fresh: bool = True  # admitted, its cached tokens not yet in a slot
-    log_probs: list[float] = field(default_factory=list)
-    scores: list[tuple[float, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        prompt = self.generation.prompt
-        self.ids = np.zeros(len(prompt) + self.generation.max_tokens, np.int64)
-        self.ids[: len(prompt)] = prompt
-        self.length = len(prompt)
-        self.rng = random.Random(self.generation.seed)
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.generation.prompt)
-
-    @property
-    def prefilling(self) -> bool:
-        return self.computed < self.prompt_length
-
-    def outcome(self, reason: str, stop: int | str | None) -> Outcome:
-        g = self.generation
-        return Outcome(
-            self.ids[self.prompt_length : self.length].tolist(),
-            self.log_probs,
-            reason,
-            stop,
-            self.cached,
-            self.scores if g.score_prompt else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -318,7 +272,7 @@ class Lane:
         if not samplers:
             return 0, []
         chosen = logits if sampled_at == list(range(len(logits))) else logits[sampled_at]
-        draws = self._sampler.draw(chosen, [sampling.Row(r.generation, r.rng, _Seen(r)) for r in samplers])
+        draws = self._sampler.draw(chosen, [sampling.Row(r.generation, r.rng, Seen(r)) for r in samplers])
         ended: list[tuple[Running, Outcome | EngineFault]] = []
         for row, d in zip(samplers, draws, strict=True):
             if not np.isfinite(d.log_prob):
@@ -327,7 +281,7 @@ class Lane:
             row.ids[row.length] = d.token
             row.length += 1
             row.log_probs.append(d.log_prob)
-            end = self._end(row, d.token)
+            end = row.ending(d.token, self._eos)
             if end is not None:
                 ended.append((row, row.outcome(*end)))
         for row, result in ended:
@@ -336,19 +290,6 @@ class Lane:
                 self._remember(row, slot)
             self._remove(slot)
         return len(samplers), ended
-
-    def _end(self, row: Running, token: int) -> tuple[str, int | str | None] | None:
-        g = row.generation
-        if token in self._eos and not g.ignore_eos:
-            return "stop", None
-        if token in g.stop_token_ids:
-            return "stop", token
-        if (
-            row.stops is not None
-            and (hit := row.stops.find(row.ids[row.prompt_length : row.length].tolist())) is not None
-        ):
-            return "stop", hit
-        return ("length", None) if row.length == len(row.ids) else None
 
     def _remember(self, row: Running, slot: int) -> None:
         assert self.pool is not None
@@ -365,19 +306,6 @@ class Lane:
         if not self.rows and self.pool is not None:
             self._shelf.give(self.pool)
             self.pool = None
-
-
-class _Seen(Sequence[int]):
-    """The text of a row, read only when a repetition penalty asks for it."""
-
-    def __init__(self, row: Running) -> None:
-        self._row = row
-
-    def __len__(self) -> int:
-        return self._row.length
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._row.ids[: self._row.length][at].tolist()
 
 
 def _block(start: int, work: Sequence[_Work], lengths: Tensor) -> attention.DecodeBlock:
