@@ -15,7 +15,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.ids import new_id
-from app.core.states import JobStatus, RolloutState
+from app.core.states import TERMINAL, JobStatus, RolloutState
 from app.db.engine import Database, now
 from app.db.tables import Checkpoint, Event, File, Job, Snapshot
 from app.jobs import events, leases
@@ -136,6 +136,12 @@ class Registry:
         async with self._database.read() as session:
             query = select(Checkpoint.id).where(Checkpoint.job_id == self._fence.job_id, Checkpoint.step == step)
             return await session.scalar(query) is not None
+
+    async def job_is_over(self) -> bool:
+        """Has the job a terminal status, whoever gave it that?"""
+        async with self._database.read() as session:
+            status = await session.scalar(select(Job.status).where(Job.id == self._fence.job_id))
+        return status is None or status in TERMINAL
 
     async def metrics_history(self) -> list[dict[str, Any]]:
         """Data of all metrics events so far, oldest first: the result file is made of them."""

@@ -7,6 +7,7 @@ batch k is sampled from version k-1, so sampler and trainer take turns; overlap 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.checkpoints import names, store
 from app.core.settings import Settings
@@ -40,6 +43,9 @@ from workers.setup import Inputs, JobFailure, dial_endpoints, read_inputs, write
 from workers.trainer_link import TrainerLink
 from workers.validation import Validator
 
+log = logging.getLogger("hone.run")
+
+CLOSE_S = 20.0
 EMPTY_STEPS_LIMIT = 3  # steps in a row without anything to learn from
 
 
@@ -92,8 +98,19 @@ class Run:
             await asyncio.gather(main, *beside, return_exceptions=True)
 
     async def close(self) -> None:
-        """End the trainer, free threads and connections; never touches the database."""
-        await self.trainer.stop()
+        """Give back what this attempt holds in samplers and on disk, however it ended; writes nothing about the job.
+
+        Its versions are never used again: a resume starts from a snapshot. Snapshots go when the job is over.
+        """
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self.policy.retire_all()
+            if await self.registry.job_is_over():
+                job_dir = self.settings.jobs_dir / self.job.id
+                leftovers = [self.adapters_dir, *job_dir.glob("a*/snapshots"), *job_dir.glob("a*/batches")]
+                await asyncio.to_thread(_remove, leftovers)
+        except (TimeoutError, SQLAlchemyError) as error:
+            log.warning("%s: left files behind: %s", self.prefix, error)
         await self.samplers.close()
         self.executor.shutdown(wait=False, cancel_futures=True)
 
@@ -295,16 +312,13 @@ class Run:
         await self.registry.checkpoint(step, name, self.job.model, target, sha256, shown)
 
     async def _finish(self) -> None:
-        """Result file, final model, and only then the removal of what nobody needs any more."""
+        """Result file and final model."""
         storage = Storage(self.settings.files_dir)
         text = table(await self.registry.metrics_history())
         result_file = await asyncio.to_thread(write_result_file, storage, self.job.project_id, text)
         await self.recorder.finish()
         await asyncio.to_thread(self.heartbeat.stop)  # or it would find the lease gone and call that a loss
         await self.registry.succeeded(self.final_name, result_file)
-        await self.policy.retire(self.version)
-        leftovers = [self.adapters_dir, *(self.settings.jobs_dir / self.job.id).glob("a*/snapshots")]
-        await asyncio.to_thread(_remove, leftovers)
 
     # --- time -------------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: i
             work.cancel()
         await asyncio.gather(work, return_exceptions=True)
         asked.cancel()
-        await run.close()
+        await run.trainer.stop()
         if lost:
             log.warning("%s: %s", claim.job.id, lost[0])
             return 0
@@ -87,6 +87,7 @@ async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: i
         return 0
     finally:
         heartbeat.stop()
+        await run.close()
 
 
 async def _conclude(settings: Settings, database: Database, claim: Claim, work: asyncio.Task[None]) -> int:

@@ -76,7 +76,9 @@ def test_cancel_ends_a_running_job_at_once_and_closes_its_rollouts(service: Serv
     assert cancelled.status == "cancelled"
     states = Counter(r["state"] for r in service.rollouts(job.id))
     assert "started" not in states
-    service.wait_gone("workers.trainer")
+    service.wait_gone("workers.supervisor")
+    assert not (service.data / "adapters" / job.id).exists()
+    assert not list((service.data / "jobs" / job.id).glob("a*/snapshots"))
     assert service.client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
     assert TOKEN not in cancelled.to_json(warnings=False)
 

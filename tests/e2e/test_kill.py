@@ -54,3 +54,17 @@ def _steps_are_trained_once(rows: list[dict[str, Any]], service: Service, job_id
     assert all(len(found) == 1 for found in attempts.values()), attempts
     checkpoints = [c.step_number for c in service.client.fine_tuning.jobs.checkpoints.list(job_id)]
     assert checkpoints == [6, 4, 2]
+
+
+def test_a_worker_killed_after_the_last_step_still_ends_the_job(service: Service) -> None:
+    job = service.create_job("tiny-llama", steps=3)
+    service.wait_until(job.id, lambda job: job.hone["step"] == 3)
+    os.kill(service.processes(WHO["supervisor"])[-1], signal.SIGKILL)
+
+    ended = service.wait(job.id)
+
+    assert ended.status == "succeeded", ended.to_json(warnings=False)
+    assert [c.step_number for c in service.client.fine_tuning.jobs.checkpoints.list(job.id)] == [3, 2]
+    states = Counter(row["state"] for row in service.rollouts(job.id))
+    assert sum(states.values()) == ended.hone["rollouts"]["started"]
+    assert "started" not in states

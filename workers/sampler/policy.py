@@ -106,6 +106,11 @@ class ServedPolicy:
         if free:
             await asyncio.to_thread(shutil.rmtree, Path(adapter.path), True)
 
+    async def retire_all(self) -> None:
+        """Retire every version; for the end of an attempt."""
+        for version in list(self._adapters):
+            await self.retire(version)
+
     async def turn(self, request: TurnRequest) -> Completion:
         """Sample one assistant message; retried whole on infrastructure faults until the request's deadline."""
         adapter = self._adapters[request.version]
