@@ -64,6 +64,8 @@ class Runner:
             if child.poll() is not None:
                 child.kill()  # its group: a trainer must not outlive its supervisor
                 del self.children[job_id]
+                async with self.database.begin() as session:
+                    await leases.expire(session, job_id, leases.owner_name(self.settings.hostname, child.pid))
         async with self.database.read() as session:
             unread = await leases.unvalidated(session)
             waiting = await leases.queued(session)

@@ -38,7 +38,7 @@ async def supervise(settings: Settings, job_id: str, leash_fd: int | None) -> in
             claim = await leases.claim(
                 session,
                 job_id,
-                owner=f"{settings.hostname}:{os.getpid()}",
+                owner=leases.owner_name(settings.hostname, os.getpid()),
                 lease_s=settings.lease_seconds,
                 adapter_slots=settings.sampler_max_adapters,
             )

@@ -162,6 +162,21 @@ async def fenced(session: AsyncSession, fence: Fence, **values: Any) -> None:
         raise LeaseLost(fence.job_id)
 
 
+def owner_name(host: str, pid: int) -> str:
+    """How a supervisor's process signs its lease."""
+    return f"{host}:{pid}"
+
+
+async def expire(session: AsyncSession, job_id: str, owner: str) -> None:
+    """End the lease of a supervisor that is known to be dead, so that nobody waits for it to run out."""
+    await session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.lease_owner == owner)
+        .values(lease_until=0.0)
+        .execution_options(synchronize_session=False)
+    )
+
+
 async def crash_count(session: AsyncSession, fence: Fence) -> int:
     """Crashes since the last finished step."""
     return await session.scalar(select(Job.crashes).where(Job.id == fence.job_id)) or 0

@@ -161,6 +161,18 @@ async def test_renewing_moves_the_lease_until_another_attempt_owns_it(database: 
     engine.dispose()
 
 
+async def test_the_lease_of_a_process_known_to_be_dead_ends_at_once_and_no_other(
+    database: Database, queued: str
+) -> None:
+    await won(database, queued, owner=leases.owner_name("host", 7))
+    async with database.begin() as session:
+        await leases.expire(session, queued, leases.owner_name("host", 8))
+    assert await take_back(database) == []
+    async with database.begin() as session:
+        await leases.expire(session, queued, leases.owner_name("host", 7))
+    assert await take_back(database) == [queued]
+
+
 async def test_an_expired_lease_goes_back_to_the_queue_with_a_crash_counted(database: Database, queued: str) -> None:
     await won(database, queued)
     assert await take_back(database) == []  # the lease still holds
