@@ -6,57 +6,43 @@ lead to the same room, because the supervisor itself wins or loses the claim.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
-import signal
 import sys
-import time
 
-from app.core import logging as hone_logging
+from sqlalchemy.exc import SQLAlchemyError
+
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.jobs import leases, reconcile
 from app.jobs.validation_service import validate_job
 from app.models.catalogue import Catalogue
-from workers import leash
+from workers.daemon import Daemon, main
 from workers.presence import Presence
 from workers.process import Child, spawn
 
 log = logging.getLogger("hone.runner")
 
-POLL_S = 0.5
-BEAT_S = 5.0
 GRACE_S = 15.0  # for a supervisor to stop its trainer and put its job back
 
 
-class Runner:
+class Runner(Daemon):
     """One per host. `slots` supervisors at once."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.settings = settings
         self.database = Database(settings.database)
         self.catalogue = Catalogue(settings.models_dir)
         self.presence = Presence(self.database, "runner", settings.hostname)
         self.children: dict[str, Child] = {}
         self.reading: dict[str, asyncio.Task[None]] = {}
-        self.stopping = asyncio.Event()
 
-    async def run(self) -> None:
+    async def begin(self) -> None:
         await self.presence.announce()
-        beaten = time.monotonic()
-        try:
-            while not self.stopping.is_set():
-                await self.tick()
-                if time.monotonic() - beaten > BEAT_S:
-                    await self.presence.beat()
-                    beaten = time.monotonic()
-                try:
-                    await asyncio.wait_for(self.stopping.wait(), POLL_S)
-                except TimeoutError:
-                    continue
-        finally:
-            await self.shut_down()
+
+    async def beat(self) -> None:
+        await self.presence.beat()
 
     async def tick(self) -> None:
         """One pass: reap, take back what the dead held, read files, start supervisors."""
@@ -81,6 +67,8 @@ class Runner:
     async def read_files(self, job_id: str) -> None:
         try:
             await validate_job(self.database, self.settings, self.catalogue, job_id, self.presence.id)
+        except SQLAlchemyError as error:
+            log.warning("reading the files of %s: %s; they are read again when its lease ends", job_id, error)
         finally:
             del self.reading[job_id]
 
@@ -103,19 +91,5 @@ class Runner:
         await self.database.close()
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(prog="workers.local")
-    parser.add_argument("--leash-fd", type=int, default=None)
-    options = parser.parse_args()
-    runner = Runner(Settings())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, runner.stopping.set)
-    if options.leash_fd is not None:
-        leash.watch(options.leash_fd, lambda: loop.call_soon_threadsafe(runner.stopping.set))
-    await runner.run()
-
-
 if __name__ == "__main__":
-    hone_logging.configure()
-    asyncio.run(main())
+    main("workers.local", Runner)

@@ -6,10 +6,8 @@ A sampler that already runs elsewhere (HONE_SAMPLER_URLS) is registered here too
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
-import signal
 import socket
 import sys
 import time
@@ -18,7 +16,6 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from app.core import logging as hone_logging
 from app.core.ids import new_id
 from app.core.settings import Settings
 from app.db.engine import Database, now
@@ -28,14 +25,12 @@ from app.net.clients import operator_client
 from app.samplers import repository
 from app.samplers.client import SamplerClient
 from app.samplers.errors import SamplerError
-from workers import leash
+from workers.daemon import Daemon, main
 from workers.presence import Presence
 from workers.process import Child, log_tail, spawn_on_leash
 
 log = logging.getLogger("hone.keeper")
 
-POLL_S = 0.5
-BEAT_S = 3.0
 SILENCE_S = 30.0  # a sampler that is dead inside keeps its process; after this it is replaced
 BACK_OFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
 
@@ -54,8 +49,11 @@ class Kept:
     healthy: float = 0.0  # monotonic: last time it answered /health
 
 
-class Keeper:
+class Keeper(Daemon):
+    beat_s = 3.0
+
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.settings = settings
         self.database = Database(settings.database)
         self.catalogue = Catalogue(settings.models_dir)
@@ -64,25 +62,11 @@ class Keeper:
         self.kept: dict[str, Kept] = {}
         self.failures: dict[str, int] = {}
         self.retry_at: dict[str, float] = {}
-        self.stopping = asyncio.Event()
 
-    async def run(self) -> None:
+    async def begin(self) -> None:
         await self.presence.announce()
         async with self.database.begin() as session:
             await repository.remove(session, host=self.settings.hostname)
-        beaten = 0.0
-        try:
-            while not self.stopping.is_set():
-                await self.tick()
-                if time.monotonic() - beaten > BEAT_S:
-                    await self.beat()
-                    beaten = time.monotonic()
-                try:
-                    await asyncio.wait_for(self.stopping.wait(), POLL_S)
-                except TimeoutError:
-                    continue
-        finally:
-            await self.shut_down()
 
     async def tick(self) -> None:
         async with self.database.read() as session:
@@ -225,19 +209,5 @@ def _free_port() -> int:
         return port
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(prog="workers.sampler.keeper")
-    parser.add_argument("--leash-fd", type=int, default=None)
-    options = parser.parse_args()
-    keeper = Keeper(Settings())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, keeper.stopping.set)
-    if options.leash_fd is not None:
-        leash.watch(options.leash_fd, lambda: loop.call_soon_threadsafe(keeper.stopping.set))
-    await keeper.run()
-
-
 if __name__ == "__main__":
-    hone_logging.configure()
-    asyncio.run(main())
+    main("workers.sampler.keeper", Keeper)
