@@ -1,7 +1,7 @@
 """A process with one duty, done again and again until SIGTERM, SIGINT or the end of its leash.
 
-Does not cover: the duties (`workers.local`, `workers.sampler.keeper`). A database that is away for a moment is no reason
-to end: a keeper that dies takes its samplers with it.
+Does not cover: the duties (`workers.local`, `workers.sampler.keeper`). A database that is away for a moment ends nothing:
+a keeper that dies takes its samplers with it.
 """
 
 from __future__ import annotations
