@@ -1,6 +1,6 @@
 """A process with one duty, done again and again until SIGTERM, SIGINT or the end of its leash.
 
-Does not cover: the duties (`workers.local`, `workers.sampler.keeper`). A database that is away for a moment ends nothing:
+Does not cover: the duties (`workers.local`, `workers.sampler.keeper`). A database that is away for a moment ends none:
 a keeper that dies takes its samplers with it.
 """
 
