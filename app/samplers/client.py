@@ -70,11 +70,19 @@ class SamplerClient:
 
     async def health(self) -> bool:
         """True when the server answers and its engine is alive. Never raises for a server that is away."""
+        return await self._probe() == 200
+
+    async def engine_is_dead(self) -> bool:
+        """True when the server itself says so (503); one that is silent may only be busy."""
+        status = await self._probe()
+        return status is not None and status >= 500
+
+    async def _probe(self) -> int | None:
         try:
             response = await self._http.get(f"{self.base_url}/health", timeout=PROBE_TIMEOUT_S)
         except (TransportError, TimeoutException):
-            return False
-        return bool(response.status_code == 200)
+            return None
+        return int(response.status_code)
 
     async def models(self) -> list[ServedModel]:
         """The base model and every adapter that is loaded; `root` and `parent` are the server's claims, not proof."""

@@ -31,7 +31,7 @@ from workers.process import Child, log_tail, spawn_on_leash
 
 log = logging.getLogger("hone.keeper")
 
-SILENCE_S = 30.0  # a sampler that is dead inside keeps its process; after this it is replaced
+SILENCE_S = 30.0  # without any answer a sampler may only be busy; after this it is replaced
 BACK_OFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -167,10 +167,13 @@ class Keeper(Daemon):
         for kept in list(self.kept.values()):
             if kept.row_id is None:
                 continue
-            if await SamplerClient(self.http, kept.url).health():
+            client = SamplerClient(self.http, kept.url)
+            if await client.health():
                 kept.healthy = time.monotonic()
                 async with self.database.begin() as session:
                     await repository.beat(session, kept.row_id)
+            elif kept.child is not None and await client.engine_is_dead():
+                await self.failed(kept, f"its engine is dead: {log_tail(kept.log, 500)}")
             elif kept.child is not None and time.monotonic() - kept.healthy > SILENCE_S:
                 await self.failed(kept, f"did not answer /health for {SILENCE_S:.0f} s: {log_tail(kept.log, 500)}")
 

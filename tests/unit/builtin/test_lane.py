@@ -120,6 +120,19 @@ def test_a_long_prompt_does_not_hold_a_decoding_row_up(directory: Path) -> None:
     assert short.length == before + 1
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5)])
+def test_rows_that_share_different_prefixes_decode_in_one_step(
+    directory: Path, reference: Any, dtype: torch.dtype, bound: float
+) -> None:
+    it = lane(directory, dtype)
+    stems = [[(7 * i) % 250 for i in range(200)], [(11 * i + 3) % 250 for i in range(200)]]
+    rows = [running([*stems[i % 2], i], 12) for i in range(16)]
+    it.waiting.extend(rows)
+    drain(it)
+    assert max(len(row.attached) for row in rows) > 0, "no prefix was attended for several rows at once"
+    assert max(worst(row, reference) for row in rows) <= bound
+
+
 def test_bf16_stays_within_rounding_of_the_reference(directory: Path, reference: Any) -> None:
     it = lane(directory, torch.bfloat16)
     rows = [running([*range(60), i], 40, seed=i) for i in range(8)]

@@ -134,7 +134,7 @@ def _decode(block: DecodeBlock, layer: int, q: Tensor, keys: Tensor, values: Ten
         if prefix.rows is None:
             torch.mul(place, scaling, out=scores[..., s.start : s.stop])
         else:
-            scores[prefix.rows, :, :, s.start : s.stop] = place * scaling
+            scores[prefix.rows, :, :, s.start : s.stop] = place.float() * scaling  # assignment does not promote
     # A contiguous copy of the keys first: bmm on the strided slots is 2.5 x slower than both together.
     tail_keys = keys[block.slots, :, :length].contiguous().view(n * kv, length, dim)
     by_row = q.permute(2, 0, 1, 3).reshape(n * kv, groups, dim)
