@@ -98,7 +98,13 @@ class Run:
             await asyncio.gather(main, *beside, return_exceptions=True)
 
     async def close(self) -> None:
-        """Give back what this attempt holds in samplers and on disk, however it ended; writes nothing about the job.
+        """The last call, however the attempt ended: give back what it holds, close what it opened."""
+        await self.give_back()
+        await self.samplers.close()
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+    async def give_back(self) -> None:
+        """What this attempt holds in samplers and on disk; writes nothing about the job.
 
         Its versions are never used again: a resume starts from a snapshot. Snapshots go when the job is over.
         """
@@ -111,8 +117,6 @@ class Run:
                 await asyncio.to_thread(_remove, leftovers)
         except (TimeoutError, SQLAlchemyError) as error:
             log.warning("%s: left files behind: %s", self.prefix, error)
-        await self.samplers.close()
-        self.executor.shutdown(wait=False, cancel_futures=True)
 
     async def _main(self) -> None:
         inputs = await self._prepare()

@@ -123,6 +123,7 @@ class Stage:
         work = asyncio.create_task(run.execute())
         await asyncio.wait_for(asyncio.gather(work, return_exceptions=True), 60)
         await supervisor._conclude(self.settings, self.database, run.claim, work)
+        await run.give_back()
         return None if work.cancelled() else work.exception()
 
     async def all_of(self, table: Any) -> list[Any]:
