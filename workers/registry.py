@@ -17,9 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.ids import new_id
 from app.core.states import TERMINAL, JobStatus, RolloutState
 from app.db.engine import Database, now
-from app.db.tables import Checkpoint, Event, File, Job, Snapshot
+from app.db.tables import Checkpoint, Event, Job, Snapshot
+from app.files import service as files
+from app.files.storage import Stored
 from app.jobs import events, leases
 from app.rollouts import ledger
+from workers.results import FILENAME
 
 KEPT_SNAPSHOTS = 2
 
@@ -64,7 +67,7 @@ class Registry:
                     path=record.snapshot,
                     sha256=record.snapshot_sha256,
                     cursor=dict(record.cursor),
-                    created_at=await session.scalar(select(now())) or 0.0,
+                    created_at=now(),
                 )
             )
             await session.flush()
@@ -120,7 +123,7 @@ class Registry:
                     path=str(path),
                     sha256=sha256,
                     metrics=dict(metrics),
-                    created_at=await session.scalar(select(now())) or 0.0,
+                    created_at=now(),
                 )
             )
             await session.flush()
@@ -149,15 +152,12 @@ class Registry:
             query = select(Event.data).where(Event.job_id == self._fence.job_id, Event.type == "metrics")
             return [data for data in (await session.scalars(query.order_by(Event.seq))).all() if data]
 
-    async def succeeded(self, model: str, result_file: File) -> None:
+    async def succeeded(self, model: str, result_file: str, stored: Stored) -> None:
         """running → succeeded, with the result file and the final events, in one transaction."""
         fence = self._fence
         async with self._database.begin() as session:
-            await leases.finish(
-                session, fence, JobStatus.SUCCEEDED, fine_tuned_model=model, result_files=[result_file.id]
-            )
-            result_file.created_at = await session.scalar(select(now())) or 0.0
-            session.add(result_file)
+            await leases.finish(session, fence, JobStatus.SUCCEEDED, fine_tuned_model=model, result_files=[result_file])
+            await files.add_produced(session, fence.project_id, result_file, stored, filename=FILENAME)
             for message in (f"New fine-tuned model created: {model}", "The job has successfully completed"):
                 await events.append(session, project_id=fence.project_id, job_id=fence.job_id, message=message)
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from app.core.ids import new_id
-from app.db.tables import File
-from app.files.storage import Storage
+from app.files.storage import Storage, Stored
 
+FILENAME = "step_metrics.csv"
 COLUMNS = (
     "step",
     "train_mean_reward",
@@ -48,19 +48,7 @@ def table(history: Iterable[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def write_result_file(storage: Storage, project_id: str, text: str) -> File:
-    """Write the bytes under a new file id; the returned row is not yet in the database. Blocking."""
+def write_result_file(storage: Storage, text: str) -> tuple[str, Stored]:
+    """Write the bytes under a new file id, which no row knows yet. Blocking."""
     file_id = new_id("file-")
-    stored = storage.put(file_id, text.encode())
-    return File(
-        id=file_id,
-        project_id=project_id,
-        filename="step_metrics.csv",
-        purpose="fine-tune-results",
-        bytes=stored.bytes,
-        sha256=stored.sha256,
-        status="processed",
-        status_details=None,
-        created_at=0.0,
-        expires_at=None,
-    )
+    return file_id, storage.put(file_id, text.encode())

@@ -319,10 +319,10 @@ class Run:
         """Result file and final model."""
         storage = Storage(self.settings.files_dir)
         text = table(await self.registry.metrics_history())
-        result_file = await asyncio.to_thread(write_result_file, storage, self.job.project_id, text)
+        result_file, stored = await asyncio.to_thread(write_result_file, storage, text)
         await self.recorder.finish()
         await asyncio.to_thread(self.heartbeat.stop)  # or it would find the lease gone and call that a loss
-        await self.registry.succeeded(self.final_name, result_file)
+        await self.registry.succeeded(self.final_name, result_file, stored)
 
     # --- time -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -23,14 +23,3 @@ class Page(Generic[T]):
     def of(cls, rows: Sequence[T], limit: int) -> Page[T]:
         """From up to `limit + 1` rows."""
         return cls(rows[:limit], len(rows) > limit)
-
-
-def envelope(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """The list object, with `first_id` and `last_id` as OpenAI sends them."""
-    return {
-        "object": "list",
-        "data": list(data),
-        "has_more": has_more,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-    }

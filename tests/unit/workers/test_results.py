@@ -39,11 +39,6 @@ def test_without_events_there_is_a_header() -> None:
 
 def test_the_file_is_stored_with_its_digest(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    row = write_result_file(storage, "proj_x", "step\n1\n")
-    assert storage.path(row.id).read_text() == "step\n1\n"
-    assert (row.bytes, row.purpose, row.filename, row.project_id) == (
-        7,
-        "fine-tune-results",
-        "step_metrics.csv",
-        "proj_x",
-    )
+    file_id, stored = write_result_file(storage, "step\n1\n")
+    assert storage.path(file_id).read_text() == "step\n1\n"
+    assert stored.bytes == 7

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from app.core.states import RolloutState
 from app.db.engine import Database
 from app.db.tables import DEFAULT_PROJECT, Checkpoint, Event, File, Job, Rollout, Snapshot
+from app.files.storage import Stored
 from app.jobs.leases import Fence, LeaseLost
 from tests.db.rows import Seed
 from workers.registry import Registry, StepRecord
@@ -84,7 +85,7 @@ async def test_without_the_lease_nothing_of_it_is_true(
         registry.checkpoint(1, "ft:x", "tiny", Path("p"), "x", {}),
         registry.metrics("x", {"step": 1}),
         registry.failed("x", "y", None, None),
-        registry.succeeded("ft:x", File(id="file-r")),
+        registry.succeeded("ft:x", "file-r", Stored(1, "x")),
     ):
         with pytest.raises(LeaseLost):
             await write
@@ -114,9 +115,7 @@ async def test_success_comes_with_the_result_file_and_the_last_words(
     database: Database, registry: Registry, seed: Seed, fence: Fence
 ) -> None:
     open_ = await seed.rollout(fence.job_id, RolloutState.STARTED)
-    fields: dict[str, Any] = {"filename": "step_metrics.csv", "purpose": "fine-tune-results", "bytes": 1, "sha256": "x"}
-    file = File(id="file-r", project_id=DEFAULT_PROJECT, status="processed", created_at=0.0, **fields)
-    await registry.succeeded("ft:tiny:x::1", file)
+    await registry.succeeded("ft:tiny:x::1", "file-r", Stored(1, "x"))
     (job,) = await all_of(database, Job)
     assert (job.status, job.fine_tuned_model, job.result_files) == ("succeeded", "ft:tiny:x::1", ["file-r"])
     assert [event.message for event in await all_of(database, Event)] == [
@@ -126,6 +125,12 @@ async def test_success_comes_with_the_result_file_and_the_last_words(
     assert {row.id: row.state for row in await all_of(database, Rollout)} == {open_: "cancelled"}
     (stored,) = await all_of(database, File)
     assert stored.created_at > 1e9
+    assert (stored.id, stored.bytes, stored.sha256, stored.status) == ("file-r", 1, "x", "processed")
+    assert (stored.purpose, stored.filename, stored.project_id) == (
+        "fine-tune-results",
+        "step_metrics.csv",
+        DEFAULT_PROJECT,
+    )
 
 
 async def test_a_failure_is_on_the_job_and_in_the_last_event(database: Database, registry: Registry) -> None:

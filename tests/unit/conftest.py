@@ -1,4 +1,4 @@
-"""A scripted endpoint and a guarded client that may reach the loopback.
+"""For the rooms that speak to users' servers: a scripted endpoint, and a guarded client that may reach the loopback.
 
 Does not cover: the guard itself, whose tests make clients of their own.
 """
