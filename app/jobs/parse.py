@@ -106,10 +106,6 @@ def _options(given: object) -> HoneOptions:
     if not isinstance(given, dict):
         raise InvalidRequest("hone must be an object", param="hone")
     options = _model(HoneOptions, given, "hone")
-    if options.max_staleness not in (None, 0):
-        raise InvalidRequest("hone.max_staleness: only 0 is supported so far", param="hone.max_staleness")
-    if options.loss_type not in (None, "dapo"):
-        raise InvalidRequest('hone.loss_type: only "dapo" is supported so far', param="hone.loss_type")
     turn, episode = options.max_tokens_per_turn, options.max_tokens_per_episode
     if turn is not None and episode is not None and turn > episode:
         raise InvalidRequest(

@@ -19,6 +19,9 @@ DEFAULT_TOKENS_PER_TURN = 512
 DEFAULT_TOKENS_PER_EPISODE = 4096
 DEFAULT_ENDPOINT_TIMEOUT_S = 120.0
 DEFAULT_ROLLOUT_TIMEOUT_S = 900.0
+DEFAULT_MAX_STALENESS = 1
+DEFAULT_IMPORTANCE_RANGE = (0.5, 2.0)
+DEFAULT_MAX_SEQUENCE_TV = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class Plan:
     """What will be done. Stored on the job as JSON and never changed.
 
     `group_size`: rollouts per training row. `max_trained_rollouts`: per step, those with the largest |advantage| are
-    trained; None = all. `max_episode_steps` counts assistant messages. Timeouts are seconds.
+    trained; None = all. `max_episode_steps` counts assistant messages. Timeouts are seconds. `max_staleness`: policy
+    versions between the one that sampled a group and the one that is trained on it. `importance_range`: tokens whose
+    probability under trainer and sampler has another ratio are masked; `max_sequence_tv`: so are whole sequences whose
+    mean |ratio - 1| / 2 is above; None switches either off.
     """
 
     train_rows: int
@@ -47,6 +53,10 @@ class Plan:
     grader_timeout_s: float
     rollout_timeout_s: float
     max_staleness: int
+    importance_range: tuple[float, float] | None
+    max_sequence_tv: float | None
+    kl_beta: float
+    on_no_signal: str
     max_trained_rollouts: int | None
     loss_type: str
     lora_rank: int
@@ -56,13 +66,15 @@ class Plan:
     seed: int
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "lora_targets": list(self.lora_targets)}
+        bounds = None if self.importance_range is None else list(self.importance_range)
+        return {**asdict(self), "lora_targets": list(self.lora_targets), "importance_range": bounds}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """From the stored JSON; keys that a newer version wrote are ignored."""
         known = {field.name: data[field.name] for field in fields(cls)}
-        return cls(**{**known, "lora_targets": tuple(known["lora_targets"])})
+        bounds = None if known["importance_range"] is None else tuple(known["importance_range"])
+        return cls(**{**known, "lora_targets": tuple(known["lora_targets"]), "importance_range": bounds})
 
     def hyperparameters(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The wire's hyperparameters with numbers in place of `auto`."""
@@ -98,6 +110,8 @@ def resolve(
     multiplier = float(_given(asked, "learning_rate_multiplier", 1.0))
     rank = int(options.get("lora_rank", model.lora_rank))
     episode = int(options.get("max_tokens_per_episode", min(DEFAULT_TOKENS_PER_EPISODE, model.context)))
+    bounds = options.get("importance_range", DEFAULT_IMPORTANCE_RANGE)
+    sequence_tv = options.get("max_sequence_tv", DEFAULT_MAX_SEQUENCE_TV)
     return Plan(
         train_rows=train_rows,
         valid_rows=valid_rows,
@@ -116,7 +130,11 @@ def resolve(
         tool_timeout_s=float(options.get("tool_timeout_s", DEFAULT_ENDPOINT_TIMEOUT_S)),
         grader_timeout_s=float(options.get("grader_timeout_s", DEFAULT_ENDPOINT_TIMEOUT_S)),
         rollout_timeout_s=float(options.get("rollout_timeout_s", DEFAULT_ROLLOUT_TIMEOUT_S)),
-        max_staleness=int(options.get("max_staleness", 0)),
+        max_staleness=int(options.get("max_staleness", DEFAULT_MAX_STALENESS)),
+        importance_range=None if bounds == "off" else (float(bounds[0]), float(bounds[1])),
+        max_sequence_tv=None if sequence_tv == "off" else float(sequence_tv),
+        kl_beta=float(options.get("kl_beta", 0.0)),
+        on_no_signal=str(options.get("on_no_signal", "stop")),
         max_trained_rollouts=options.get("max_trained_rollouts"),
         loss_type=str(options.get("loss_type", "dapo")),
         lora_rank=rank,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Auto = Literal["auto"]
+Off = Literal["off"]
 MAX_SEED = 2**31 - 1
 TOP_LEVEL = frozenset(
     {
@@ -55,6 +56,34 @@ def _auto_float(above: float, high: float | None = None) -> Callable[[Any], Any]
         return value
 
     return check
+
+
+def _exact_loss(value: Any) -> Any:
+    """Losses whose token mean is exact over a whole optimizer step; TRL's others average micro-batches."""
+    if value is None or value in ("dapo", "cispo", "vespo"):
+        return value
+    raise ValueError(
+        "must be dapo, cispo or vespo: they weigh every token of a step alike, however it is cut into micro-batches"
+    )
+
+
+def _range(value: Any) -> Any:
+    if value is None or value == "off":
+        return value
+    numbers = isinstance(value, list | tuple) and all(
+        isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part) for part in value
+    )
+    if not numbers or len(value) != 2 or not 0 <= value[0] < 1 < value[1]:
+        raise ValueError('must be "off" or [low, high] with 0 <= low < 1 < high')
+    return (float(value[0]), float(value[1]))
+
+
+def _positive_or_off(value: Any) -> Any:
+    if value is None or value == "off":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError('must be "off" or a number above 0 and at most 1')
+    return float(value)
 
 
 class Hyperparameters(BaseModel):
@@ -118,9 +147,13 @@ class HoneOptions(BaseModel):
     rollout_timeout_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None  # default 900
     learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None  # default: from the catalogue
     lora_rank: Annotated[int, Field(ge=1, le=256)] | None = None  # default: from the catalogue
-    max_staleness: int | None = None  # only 0 until rollouts overlap training
+    max_staleness: Annotated[int, Field(ge=0, le=8)] | None = None  # default 1; 0 = strictly on-policy
     max_trained_rollouts: Annotated[int, Field(ge=1)] | None = None  # per step; default: all
-    loss_type: str | None = None  # only dapo so far
+    loss_type: Annotated[Literal["dapo", "cispo", "vespo"], BeforeValidator(_exact_loss)] | None = None  # default dapo
+    kl_beta: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None  # KL to the base; default 0
+    importance_range: Annotated[tuple[float, float] | Off, BeforeValidator(_range)] | None = None  # default [0.5, 2]
+    max_sequence_tv: Annotated[float | Off, BeforeValidator(_positive_or_off)] | None = None  # default 0.25
+    on_no_signal: Literal["stop", "continue"] | None = None  # steps in a row that teach nothing; default stop
 
 
 _MetadataKey = Annotated[str, StringConstraints(max_length=64)]

@@ -76,3 +76,10 @@ def test_the_wire_shows_numbers_in_place_of_auto() -> None:
     assert shown["batch_size"] == 8
     assert shown["reasoning_effort"] == "low"
     assert "auto" not in shown.values()
+
+
+def test_overlap_is_on_by_default_and_masks_can_be_switched_off() -> None:
+    made = plan()
+    assert (made.max_staleness, made.importance_range, made.max_sequence_tv, made.kl_beta) == (1, (0.5, 2.0), 0.25, 0.0)
+    off = plan(options={"max_staleness": 0, "importance_range": "off", "max_sequence_tv": "off", "kl_beta": 0.1})
+    assert (off.max_staleness, off.importance_range, off.max_sequence_tv, off.kl_beta) == (0, None, None, 0.1)
