@@ -1,4 +1,4 @@
-"""The only writes a worker makes to a job: claim, renew, fenced updates, release, finish.
+"""The only writes a worker makes to a job: claim, renew, fenced updates, release, pause, finish.
 
 Does not cover: the client's transitions (`app.jobs.service`) and taking back leases of the dead (`app.jobs.reconcile`).
 
@@ -9,7 +9,7 @@ Leases are measured by the database's clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +207,42 @@ async def release(session: AsyncSession, fence: Fence, *, reason: str, crashes: 
     )
 
 
+async def pause(
+    session: AsyncSession,
+    fence: Fence,
+    *,
+    reason: str,
+    data: Mapping[str, Any] | None = None,
+    level: events.Level = "error",
+) -> None:
+    """running → paused: nothing would get better by trying again, so a person looks first and resumes.
+
+    Everything up to the last snapshot is kept; rollouts still open become `cancelled`. `reason` is a sentence for the
+    event and for `hone.activity`, `data` its numbers. Raises `LeaseLost`.
+    """
+    state.check(JobStatus.RUNNING, JobStatus.PAUSED, state.Actor.WORKER)
+    await fenced(
+        session,
+        fence,
+        status=JobStatus.PAUSED,
+        lease_owner=None,
+        lease_until=None,
+        reserved_slots=0,
+        activity=f"paused: {reason}",
+        activity_at=now(),
+    )
+    await close_open_rollouts(session, fence.job_id)
+    step = await session.scalar(select(Job.step).where(Job.id == fence.job_id))
+    await events.append(
+        session,
+        project_id=fence.project_id,
+        job_id=fence.job_id,
+        level=level,
+        message=f"Fine-tuning job paused after step {step}: {reason}",
+        data={"step": step, **(data or {})},
+    )
+
+
 async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **values: Any) -> None:
     """running → succeeded | failed, with whatever else belongs on the row (error, fine_tuned_model, …)."""
     state.check(JobStatus.RUNNING, status, state.Actor.WORKER)
@@ -226,7 +262,7 @@ async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **value
 
 
 async def close_open_rollouts(session: AsyncSession, job_id: str) -> None:
-    """Rollouts still open when a job ends (failed, cancelled) become `cancelled`."""
+    """Rollouts still open when a job stops (failed, cancelled, paused) become `cancelled`."""
     await session.execute(
         update(Rollout)
         .where(Rollout.job_id == job_id, Rollout.state == RolloutState.STARTED)

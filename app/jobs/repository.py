@@ -1,4 +1,4 @@
-"""All SQL of the job slice that is a client's: insert, look up, lists, ledger counts, cancel. Everything per project.
+"""All SQL of the job slice that is a client's: insert, look up, list, count the ledger, cancel, pause, resume; per project.
 
 Does not cover: a worker's writes (`leases`) and the reconciler's (`reconcile`).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, cast, exists, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, String, case, cast, exists, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.states import TERMINAL, JobStatus
@@ -101,6 +101,38 @@ async def cancel(session: AsyncSession, project_id: str, job_id: str) -> bool:
             activity_at=None,
             finished_at=now(),
         ),
+    )
+    return changed == 1
+
+
+async def pause(session: AsyncSession, project_id: str, job_id: str) -> bool:
+    """queued or running → paused. A running job's `attempt` goes up, which shuts its worker out as cancel does."""
+    running = Job.status == JobStatus.RUNNING
+    changed = await rows_changed(
+        session,
+        update(Job)
+        .where(Job.id == job_id, Job.project_id == project_id, Job.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]))
+        .values(
+            status=JobStatus.PAUSED,
+            attempt=case((running, Job.attempt + 1), else_=Job.attempt),
+            lease_owner=None,
+            lease_until=None,
+            reserved_slots=0,
+            queue_reason=None,
+            activity="paused by a client",
+            activity_at=now(),
+        ),
+    )
+    return changed == 1
+
+
+async def resume(session: AsyncSession, project_id: str, job_id: str) -> bool:
+    """paused → queued. The crash budget starts anew: somebody looked at the job and wants it to go on."""
+    changed = await rows_changed(
+        session,
+        update(Job)
+        .where(Job.id == job_id, Job.project_id == project_id, Job.status == JobStatus.PAUSED)
+        .values(status=JobStatus.QUEUED, crashes=0, activity=None, activity_at=None),
     )
     return changed == 1
 

@@ -1,6 +1,6 @@
-"""`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, events (contract §2, §8).
+"""`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, pause, resume, events (contract §2, §8).
 
-Does not cover: checkpoints and rollouts of a job, which have routes of their own; pause and resume, which do not exist.
+Does not cover: checkpoints and rollouts of a job, which have routes of their own.
 """
 
 from __future__ import annotations
@@ -80,6 +80,24 @@ async def cancel_job(job_id: str, caller: CallerDep, database: DatabaseDep, sett
     """Cancel at once. Checkpoints made so far stay usable."""
     async with database.begin() as session:
         await service.cancel(session, caller.project_id, job_id)
+        found = await service.view(session, caller.project_id, job_id)
+    return job_object(found.job, found.counts, organization_id=settings.organization_id, at=found.at)
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> FineTuningJob:
+    """Free the hardware at once. What the job has finished is kept: it resumes from its last step."""
+    async with database.begin() as session:
+        await service.pause(session, caller.project_id, job_id)
+        found = await service.view(session, caller.project_id, job_id)
+    return job_object(found.job, found.counts, organization_id=settings.organization_id, at=found.at)
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> FineTuningJob:
+    """Queue a paused job again."""
+    async with database.begin() as session:
+        await service.resume(session, caller.project_id, job_id)
         found = await service.view(session, caller.project_id, job_id)
     return job_object(found.job, found.counts, organization_id=settings.organization_id, at=found.at)
 

@@ -1,4 +1,4 @@
-"""What a client may do with jobs: create one, look at it, list, cancel, read its events.
+"""What a client may do with jobs: create one, look at it, list, cancel, pause, resume, read its events.
 
 Does not cover: HTTP (`routes`), the rows of its files (`validation_service`), running it (`leases`, `workers`).
 The caller owns the transaction; nothing here does I/O besides the session, so that a create holds the database's write
@@ -152,12 +152,61 @@ async def list_jobs(
 async def cancel(session: AsyncSession, project_id: str, job_id: str) -> None:
     """Immediate: the worker's next write fails its fence. Raises NotFound, InvalidRequest when it has ended."""
     job = await _get(session, project_id, job_id)
-    if not state.may_cancel(JobStatus(job.status)) or not await repository.cancel(session, project_id, job_id):
+    allowed = state.allowed(JobStatus(job.status), JobStatus.CANCELLED, state.Actor.CLIENT)
+    if not allowed or not await repository.cancel(session, project_id, job_id):
         await session.refresh(job)
         raise InvalidRequest(f'Cannot cancel a job {job_id} that already has status "{job.status}".')
     await leases.close_open_rollouts(session, job_id)
     await events.append(session, project_id=project_id, job_id=job_id, message="Fine-tuning job cancelled")
     await session.refresh(job)
+
+
+async def pause(session: AsyncSession, project_id: str, job_id: str) -> None:
+    """Immediate, as `cancel` is: the last snapshot follows the last finished step, so only unfinished work is dropped.
+
+    A job that is paused already stays so, without a second event. Raises NotFound, InvalidRequest in another status.
+    """
+    job = await _get(session, project_id, job_id)
+    if job.status == JobStatus.PAUSED:
+        return
+    was = JobStatus(job.status)
+    changed = state.allowed(was, JobStatus.PAUSED, state.Actor.CLIENT) and await repository.pause(
+        session, project_id, job_id
+    )
+    await session.refresh(job)
+    if not changed:
+        if job.status == JobStatus.PAUSED:  # another request was faster
+            return
+        raise InvalidRequest(
+            f'Cannot pause a job {job_id} that has status "{job.status}"; only a queued or running job can be paused.'
+        )
+    await leases.close_open_rollouts(session, job_id)
+    where = f" after step {job.step}" if was is JobStatus.RUNNING else ""
+    await events.append(
+        session,
+        project_id=project_id,
+        job_id=job_id,
+        message=f"Fine-tuning job paused{where} by a client",
+        data={"step": job.step},
+    )
+
+
+async def resume(session: AsyncSession, project_id: str, job_id: str) -> None:
+    """paused → queued: the next worker goes on from the last snapshot. Raises NotFound, InvalidRequest."""
+    job = await _get(session, project_id, job_id)
+    allowed = state.allowed(JobStatus(job.status), JobStatus.QUEUED, state.Actor.CLIENT)
+    if not allowed or not await repository.resume(session, project_id, job_id):
+        await session.refresh(job)
+        raise InvalidRequest(
+            f'Cannot resume a job {job_id} that has status "{job.status}"; only a paused job can be resumed.'
+        )
+    await session.refresh(job)
+    await events.append(
+        session,
+        project_id=project_id,
+        job_id=job_id,
+        message=f"Resume requested; the job is queued and goes on from step {job.step}",
+    )
 
 
 async def list_events(

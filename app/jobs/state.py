@@ -26,11 +26,14 @@ TRANSITIONS: Mapping[tuple[JobStatus, JobStatus], frozenset[Actor]] = {
     (S.VALIDATING, S.FAILED): frozenset({Actor.VALIDATOR}),
     (S.VALIDATING, S.CANCELLED): frozenset({Actor.CLIENT}),
     (S.QUEUED, S.RUNNING): frozenset({Actor.WORKER}),
+    (S.QUEUED, S.PAUSED): frozenset({Actor.CLIENT}),
     (S.QUEUED, S.CANCELLED): frozenset({Actor.CLIENT}),
     (S.RUNNING, S.QUEUED): frozenset({Actor.WORKER, Actor.RECONCILER}),
+    (S.RUNNING, S.PAUSED): frozenset({Actor.CLIENT, Actor.WORKER}),
     (S.RUNNING, S.SUCCEEDED): frozenset({Actor.WORKER}),
     (S.RUNNING, S.FAILED): frozenset({Actor.WORKER, Actor.RECONCILER}),
     (S.RUNNING, S.CANCELLED): frozenset({Actor.CLIENT}),
+    (S.PAUSED, S.QUEUED): frozenset({Actor.CLIENT}),
     (S.PAUSED, S.CANCELLED): frozenset({Actor.CLIENT}),
 }
 
@@ -41,9 +44,9 @@ class IllegalTransition(Exception):
 
 def check(current: JobStatus, target: JobStatus, actor: Actor) -> None:
     """Raises `IllegalTransition` unless `actor` may move a job from `current` to `target`."""
-    if actor not in TRANSITIONS.get((current, target), frozenset()):
+    if not allowed(current, target, actor):
         raise IllegalTransition(f"{actor} may not move a job from {current} to {target}")
 
 
-def may_cancel(current: JobStatus) -> bool:
-    return Actor.CLIENT in TRANSITIONS.get((current, S.CANCELLED), frozenset())
+def allowed(current: JobStatus, target: JobStatus, actor: Actor) -> bool:
+    return actor in TRANSITIONS.get((current, target), frozenset())

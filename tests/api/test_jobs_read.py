@@ -139,13 +139,6 @@ async def test_cancel_answers_the_job_and_a_second_cancel_is_refused_once(live_s
         assert again.fine_tuning.jobs.list_events(job_id).data[0].message == "Fine-tuning job cancelled"
 
 
-def test_pause_and_resume_do_not_exist(client: OpenAI) -> None:
-    for call in (client.fine_tuning.jobs.pause, client.fine_tuning.jobs.resume):
-        with pytest.raises(openai.NotFoundError) as caught:
-            call("ftjob-any")
-        assert caught.value.code == "unknown_url"
-
-
 async def test_events_are_newest_first_and_carry_their_data(
     client: OpenAI, http: httpx.Client, seed: Seed, database: Database
 ) -> None:

@@ -115,6 +115,7 @@ async def test_nothing_of_an_old_attempt_is_written(database: Database, queued: 
     for write in (
         lambda session: leases.fenced(session, old.fence, step=9),
         lambda session: leases.release(session, old.fence, reason="x"),
+        lambda session: leases.pause(session, old.fence, reason="x"),
         lambda session: leases.finish(session, old.fence, JobStatus.SUCCEEDED),
         lambda session: leases.finish(session, old.fence, JobStatus.FAILED, error={"code": "x"}),
     ):
@@ -286,6 +287,41 @@ async def test_an_end_frees_the_slots_and_closes_open_rollouts(database: Databas
     async with database.read() as session:
         states = {row.id: row.state for row in (await session.execute(select(Rollout.id, Rollout.state))).all()}
     assert states == {open_: "cancelled", done: "trained"}
+
+
+async def test_a_worker_that_pauses_says_why_frees_its_slots_and_closes_the_ledger(
+    database: Database, queued: str, seed: Seed
+) -> None:
+    claimed = await won(database, queued)
+    open_, done = await seed.rollout(queued, RolloutState.STARTED), await seed.rollout(queued)
+    async with database.begin() as session:
+        await leases.fenced(session, claimed.fence, step=3)
+        await leases.pause(session, claimed.fence, reason="Policy 4 was not proved", data={"gap": 0.5})
+    row = await job(database, queued)
+    assert (row.status, row.reserved_slots, row.lease_owner, row.lease_until) == ("paused", 0, None, None)
+    assert (row.activity, row.finished_at) == ("paused: Policy 4 was not proved", None)
+    async with database.read() as session:
+        states = {row.id: row.state for row in (await session.execute(select(Rollout.id, Rollout.state))).all()}
+        last = (await session.scalars(select(Event).order_by(Event.seq.desc()).limit(1))).one()
+    assert states == {open_: "cancelled", done: "trained"}
+    assert (last.level, last.message, last.data) == (
+        "error",
+        "Fine-tuning job paused after step 3: Policy 4 was not proved",
+        {"step": 3, "gap": 0.5},
+    )
+
+
+async def test_after_a_pause_the_worker_can_neither_renew_nor_write(database: Database, queued: str) -> None:
+    claimed = await won(database, queued)
+    async with database.begin() as session:
+        await leases.pause(session, claimed.fence, reason="x")
+    assert not leases.renew(create_sync(database.url), claimed.fence, LEASE_S)
+    for _ in range(2):
+        with pytest.raises(LeaseLost):
+            async with database.begin() as session:
+                await leases.pause(session, claimed.fence, reason="x")
+    assert await take_back(database) == []
+    assert await claim(database, queued) is None
 
 
 async def test_a_worker_cannot_end_a_job_in_a_status_that_is_a_clients(database: Database, queued: str) -> None:

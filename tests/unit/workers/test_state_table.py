@@ -7,19 +7,20 @@ import itertools
 import pytest
 
 from app.core.states import INFRASTRUCTURE, TERMINAL, JobStatus, RolloutState
-from app.jobs.state import TRANSITIONS, Actor, IllegalTransition, check, may_cancel
+from app.jobs.state import TRANSITIONS, Actor, IllegalTransition, allowed, check
 
 # As the design says it, in the words of the statuses; written out once more so that a slip in the table is seen.
 LEGAL = {
     "validating_files": {"queued": "validator", "failed": "validator", "cancelled": "client"},
-    "queued": {"running": "worker", "cancelled": "client"},
+    "queued": {"running": "worker", "paused": "client", "cancelled": "client"},
     "running": {
         "queued": "worker reconciler",
+        "paused": "client worker",
         "succeeded": "worker",
         "failed": "worker reconciler",
         "cancelled": "client",
     },
-    "paused": {"cancelled": "client"},
+    "paused": {"queued": "client", "cancelled": "client"},
 }
 
 
@@ -34,7 +35,7 @@ def test_every_pair_for_every_actor(current: JobStatus, target: JobStatus, actor
 
 def test_nothing_leaves_a_terminal_status_and_every_other_can_be_cancelled() -> None:
     assert not {source for source, _ in TRANSITIONS} & TERMINAL
-    assert {status for status in JobStatus if may_cancel(status)} == set(JobStatus) - TERMINAL
+    assert {s for s in JobStatus if allowed(s, JobStatus.CANCELLED, Actor.CLIENT)} == set(JobStatus) - TERMINAL
 
 
 def test_infrastructure_faults_are_never_a_reward() -> None:
