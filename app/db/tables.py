@@ -123,6 +123,7 @@ class Job(Base):
     activity: Mapped[str | None] = mapped_column(Text)
     activity_at: Mapped[float | None]
     seconds: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # time spent per phase, all attempts
+    live: Mapped[dict[str, Any] | None]  # diagnosis, overlap, congestion, publication: the supervisor's latest word
 
 
 class Event(Base):

@@ -15,6 +15,8 @@ from app.jobs.plan import Plan
 from app.jobs.wire import Activity, FineTuningJob, Hone, JobEvent, Links, RolloutCounts
 
 _BEFORE_RUN = frozenset({JobStatus.VALIDATING, JobStatus.QUEUED})
+_LASTING = ("diagnosis", "publication")  # true of the job when it has stopped, too
+_PRESENT = ("overlap", "congestion")  # true only while somebody keeps them up to date
 
 
 def job_object(job: Job, counts: Mapping[str, int], *, organization_id: str, at: float) -> FineTuningJob:
@@ -79,6 +81,8 @@ def _estimate(job: Job, at: float) -> int | None:
 def _hone(job: Job, counts: Mapping[str, int], at: float) -> Hone:
     age = None if job.activity_at is None else round(max(at - job.activity_at, 0.0), 1)
     here = f"/v1/fine_tuning/jobs/{job.id}"
+    live = job.live or {}
+    shown = _LASTING + _PRESENT if job.status == JobStatus.RUNNING else _LASTING
     return Hone(
         attempt=job.attempt,
         activity=None if job.activity is None else Activity(text=job.activity, age_s=age),
@@ -90,4 +94,5 @@ def _hone(job: Job, counts: Mapping[str, int], at: float) -> Hone:
         seconds=job.seconds,
         queue_reason=job.queue_reason,
         links=Links(events=f"{here}/events", rollouts=f"{here}/rollouts", checkpoints=f"{here}/checkpoints"),
+        **{name: live[name] for name in shown if name in live},
     )

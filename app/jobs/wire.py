@@ -44,6 +44,31 @@ class Links(BaseModel):
     checkpoints: str
 
 
+class Diagnosis(BaseModel):
+    """Where the job's time went, all finished steps and validation passes together. `shares` sum to 1."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    bound: str = Field(description="sampler, tool, queue, grader, trainer, publication, or none.")
+    sentence: str
+    shares: dict[str, float]
+    rollouts_idle: float = Field(
+        default=0.0, description="Share of the time in which sampling was held back by max_staleness; beside `shares`."
+    )
+
+
+class Overlap(BaseModel):
+    """How far sampling runs ahead of training, now. Only while the job runs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    max_staleness: int
+    version: int
+    in_flight: int
+    limit: int
+    waiting_for: str | None = None
+
+
 class Hone(BaseModel):
     """What has no place in OpenAI's object. `seconds`: time spent per phase over all attempts."""
 
@@ -55,6 +80,10 @@ class Hone(BaseModel):
     plan: dict[str, Any] | None = Field(description="Every auto and default as a number; null until validated.")
     options: dict[str, Any] = Field(description="The hone object of the request.")
     seconds: dict[str, Any]
+    diagnosis: Diagnosis | None = None
+    overlap: Overlap | None = None
+    congestion: dict[str, Any] | None = Field(default=None, description="Limits in force now, and what set them.")
+    publication: dict[str, Any] | None = Field(default=None, description="The latest publication: phases and gates.")
     queue_reason: str | None
     links: Links
 

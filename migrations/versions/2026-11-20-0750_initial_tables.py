@@ -93,6 +93,7 @@ def upgrade() -> None:
         sa.Column("activity", sa.Text(), nullable=True),
         sa.Column("activity_at", sa.Float(), nullable=True),
         sa.Column("seconds", sa.JSON(), nullable=False),
+        sa.Column("live", sa.JSON(), nullable=True),
         sa.CheckConstraint(
             "status = 'running' OR lease_owner IS NULL OR status = 'validating_files'", name=op.f("ck_jobs_lease")
         ),
