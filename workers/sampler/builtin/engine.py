@@ -152,6 +152,14 @@ class Engine:
     def waiting(self) -> int:
         return len(self._inbox.submitted) + sum(len(v.lane.waiting) for v in self._versions())
 
+    @property
+    def kv_usage(self) -> float:
+        """Share of its KV room that the fullest version's running sequences have filled; reusable cache is free room.
+
+        Filled, not reserved: as vLLM counts, whose blocks are taken when they are written.
+        """
+        return max(v.lane.held for v in self._versions()) / max(self.limits.running_tokens, 1)
+
     def load_adapter(self, name: str, path: Path, *, timeout_s: float) -> None:
         """Merge and name a new version between two steps of the engine's thread, and wait for it.
 

@@ -69,6 +69,11 @@ class Lane:
     def busy(self) -> bool:
         return bool(self.rows or self.waiting)
 
+    @property
+    def held(self) -> int:
+        """Tokens that the running sequences keep in slots; may be read from any thread."""
+        return sum(max(0, r.computed - r.tail_start) for r in list(self.rows))
+
     def cancel(self, row: Running) -> bool:
         """False when the sequence had finished already."""
         if row in self.waiting:

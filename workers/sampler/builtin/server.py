@@ -132,16 +132,22 @@ class Routes:
 
     async def metrics(self, _: Request) -> Response:
         e, c = self._engine, self._engine.counters
-        values = {
+        gauges = {
             "vllm:num_requests_running": e.running,
             "vllm:num_requests_waiting": e.waiting,
+            "vllm:kv_cache_usage_perc": f"{e.kv_usage:.4f}",
+        }
+        counters = {
+            "vllm:num_preemptions_total": 0,  # a sequence that was let in stays in: its room is reserved
             "vllm:prompt_tokens_total": c.prompt,
             "vllm:generation_tokens_total": c.generated,
             "vllm:prefix_cache_queries_total": c.prompt,
             "vllm:prefix_cache_hits_total": c.cached,
             "hone:steps_total": c.steps,
         }
-        lines = [f"{name} {value}" for name, value in values.items()]
+        lines = [f"# TYPE {name} gauge\n{name} {value}" for name, value in gauges.items()]
+        lines += [f"# TYPE {name} counter\n{name} {value}" for name, value in counters.items()]
+        lines.append("# TYPE hone:gemm_gflops gauge")
         lines += [f'hone:gemm_gflops{{dtype="{k}"}} {v:.1f}' for k, v in self._about["gemm_gflops"].items()]
         return PlainTextResponse("\n".join(lines) + "\n")
 
