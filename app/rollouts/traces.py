@@ -1,6 +1,6 @@
 """Trace files: one zstd frame per rollout, appended; a row keeps (file, offset, length) (design §6.8).
 
-Does not cover: what a trace holds (`workers.rollouts.record`). Ids, mask and log-probs travel packed (base64 of
+Does not cover: what a trace holds (`workers.rollouts.recorder`). Ids, mask and log-probs travel packed (base64 of
 little-endian arrays) and are unpacked on read, because an agent rollout of 10k tokens is 100–250 KB as JSON.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class TraceMissing(Exception):
     """The trace's file is gone (retention) or damaged."""
 
 
-def pack(values: list[int] | list[float], field: str) -> str:
+def pack(values: Sequence[int] | Sequence[float], field: str) -> str:
     """One of the fields of `_DTYPES` as base64."""
     return base64.b64encode(np.asarray(values, dtype=_DTYPES[field]).tobytes()).decode()
 

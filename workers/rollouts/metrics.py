@@ -38,6 +38,7 @@ def summary(rollouts: Sequence[Ended]) -> dict[str, Any]:
         "tool_error_rate": invalid / calls if calls else 0.0,
         "completion_tokens_mean": mean(e.trajectory.completion_tokens for e in graded),
         "turns_mean": mean(len(e.trajectory.turns) for e in graded),
+        "new_roots": sum(e.trajectory.new_roots for e in graded),
         "truncated_share": mean(float(e.trajectory.truncated) for e in graded),
     }
 
@@ -111,6 +112,9 @@ def step_data(step: int, total: int, rollouts: StepRollouts) -> dict[str, Any]:
             "graded": len(graded),
             "truncated": sum(m.trajectory.truncated for m in graded),
             "turns_mean": facts["turns_mean"],
+            "new_roots": facts["new_roots"],
+            "bridge_breaks": sum(m.trajectory.bridge_breaks for m in graded),
+            "token_drift": sum(m.trajectory.drifted for m in members),
             "discarded": failed,
         },
         "tools": tools(graded, "train"),

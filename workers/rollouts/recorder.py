@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from app.core.states import RolloutState
 from app.db.engine import Database, now
 from app.jobs import events, leases
 from app.rollouts import ledger, traces
-from workers.rollouts.types import Ended, RolloutKey, Row
+from workers.rollouts.types import Ended, RolloutKey, Row, Trajectory
 
 FLUSH_S = 1.0
 
@@ -129,12 +130,15 @@ def trace_of(ended: Ended, row: Row) -> dict[str, Any]:
         "greedy": key.greedy,
         "messages": [*row.messages, *trajectory.messages],
         "prompt_messages": len(row.messages),
+        # All segments joined; `segments` says which part is which training row.
         "tokens": {
-            "ids": traces.pack(trajectory.ids, "ids"),
-            "mask": traces.pack(trajectory.mask, "mask"),
-            "log_probs": traces.pack(trajectory.log_probs, "log_probs"),
+            "ids": traces.pack(list(chain.from_iterable(s.ids for s in trajectory.segments)), "ids"),
+            "mask": traces.pack(list(chain.from_iterable(s.mask for s in trajectory.segments)), "mask"),
+            "log_probs": traces.pack(list(chain.from_iterable(s.log_probs for s in trajectory.segments)), "log_probs"),
         },
-        "turns": trajectory.turns,
+        "segments": _segments(trajectory),
+        "bridge_breaks": trajectory.bridge_breaks,
+        "turns": [call.as_dict() for call in trajectory.turns],
         "tool_calls": [vars(record) for record in trajectory.tools],
         "grade": None
         if grade is None
@@ -149,6 +153,15 @@ def trace_of(ended: Ended, row: Row) -> dict[str, Any]:
         "stop_reason": trajectory.stop_reason,
         "error": ended.error,
     }
+
+
+def _segments(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """Which part of `tokens` each training row is, and the turn whose ids it begins with (null: a root)."""
+    ends = list(accumulate(len(segment.ids) for segment in trajectory.segments))
+    return [
+        {"start": start, "end": end, "parent": segment.parent}
+        for start, end, segment in zip([0, *ends], ends, trajectory.segments, strict=False)
+    ]
 
 
 def _ledger_values(ended: Ended) -> dict[str, Any]:

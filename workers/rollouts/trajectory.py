@@ -2,66 +2,35 @@
 
 Does not cover: how many run at once (`pool`), what is trained (`batch`), where requests go (`workers.sampler.policy`).
 
-Token history is what the engine saw: a turn extends the previous ids by a bridge, nothing is rendered again (design
-§4.4). A wrong, invalid or cut answer is experience and is graded; an infrastructure fault ends the rollout with a state
-and never with a reward. Nothing is sampled twice into one rollout: a turn that failed at the sampler is asked again
-whole.
+Token history is what the engine saw: a turn extends the previous ids by a bridge (design §4.4). Where a format cannot,
+the whole history is rendered afresh as a new root of the call tree (`calls`); what was sampled before stays as it was
+and is trained where it was sampled. A wrong, invalid or cut answer is experience and is graded; an infrastructure fault
+ends the rollout with a state and never with a reward. Nothing is sampled twice into one rollout: a turn that failed at
+the sampler is asked again whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from app.core.ids import new_id
 from app.core.states import RolloutState
-from app.graders.base import Grade, Grader, GraderFailed, InvalidScore
+from app.graders.base import Grade, GraderFailed, InvalidScore
 from app.graders.sample import sample_of_messages
-from app.net.clients import HttpClient
-from app.rendering.protocol import ChatRenderer, ParsedCall, ParsedTurn, RenderingError
-from app.samplers.client import Completion
+from app.rendering.protocol import ChatRenderer, Message, ParsedCall, ParsedTurn, RenderingError, Tool
 from app.samplers.errors import SamplerError
-from app.tools.http import CallContext, FunctionCall, ToolEndpoint, ToolFailed, call_tool
-from workers.rollouts.types import Ended, Limits, RolloutKey, Row, StopReason, ToolRecord, Trajectory
+from app.tools.http import CallContext, FunctionCall, ToolFailed
+from workers.rollouts.calls import TokenDrift
+from workers.rollouts.setting import Policy, Setting, TurnRequest
+from workers.rollouts.tools import run_tools
+from workers.rollouts.types import Ended, RolloutKey, Row, StopReason, Trajectory
 
-
-@dataclass(frozen=True)
-class TurnRequest:
-    """What a policy is asked for: one assistant message at one version."""
-
-    version: int
-    prompt_ids: Sequence[int]
-    max_tokens: int
-    temperature: float
-    stop_token_ids: Sequence[int]
-    stop: Sequence[str]
-    request_id: str
-    deadline: float  # monotonic
-
-
-class Policy(Protocol):
-    """Where turns come from; retries on infrastructure faults until the deadline, then raises `SamplerError`."""
-
-    async def turn(self, request: TurnRequest) -> Completion: ...
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Everything a trajectory needs and shares with all others of the job."""
-
-    job_id: str
-    renderer: ChatRenderer
-    policy: Policy
-    http: HttpClient
-    endpoints: Mapping[str, ToolEndpoint]
-    grader: Grader
-    limits: Limits
-    executor: Executor  # rendering and parsing: never on the event loop
+R = TypeVar("R")
 
 
 class _Stop(Exception):
@@ -77,6 +46,7 @@ async def run_rollout(setting: Setting, key: RolloutKey, row: Row, trajectory: T
     context = CallContext(trace_id=key.id, item=row.item, job_id=setting.job_id, step=key.step, split=key.split)
     try:
         await _episode(setting, key, row, trajectory, context, deadline)
+        trajectory.tree.verify()
         grade = await _grade(setting, trajectory, context, deadline)
     except ToolFailed as error:
         return _failed(key, trajectory, RolloutState.TOOL_FAILED, str(error))
@@ -84,6 +54,9 @@ async def run_rollout(setting: Setting, key: RolloutKey, row: Row, trajectory: T
         return _failed(key, trajectory, RolloutState.GRADER_FAILED, str(error))
     except InvalidScore as error:
         return _failed(key, trajectory, RolloutState.INVALID_SCORE, str(error))
+    except TokenDrift as error:
+        trajectory.drifted = True
+        return _failed(key, trajectory, RolloutState.SAMPLER_FAILED, f"token drift: {error}")
     except SamplerError as error:
         return _failed(key, trajectory, RolloutState.SAMPLER_FAILED, f"{type(error).__name__}: {error}")
     trajectory.activity = "done"
@@ -93,47 +66,37 @@ async def run_rollout(setting: Setting, key: RolloutKey, row: Row, trajectory: T
 async def _episode(
     setting: Setting, key: RolloutKey, row: Row, trajectory: Trajectory, context: CallContext, deadline: float
 ) -> None:
-    loop = asyncio.get_running_loop()
-    with _doing(trajectory, "rendering"):
-        prompt = await loop.run_in_executor(
-            setting.executor, setting.renderer.prompt, list(row.messages), list(row.tools) or None
-        )
-    _extend(trajectory, prompt)
+    tools = list(row.tools) or None
+    with _doing(trajectory, "rendering", "rendering"):
+        prompt = await _off_loop(setting, _rendered, setting.renderer, row.messages, tools)
+    trajectory.tree.restart(prompt)
     trajectory.prompt_tokens = len(prompt)
     try:
         for turn in range(setting.limits.max_steps):
-            parsed, completion = await _turn(setting, key, row, trajectory, turn, deadline)
-            valid = [call for call in parsed.calls if call.error is None]
-            trajectory.malformed_calls += len(parsed.calls) - len(valid)
-            calls = [_function_call(call) for call in valid]
-            trajectory.messages.append(_assistant_message(parsed, calls))
-            if completion.finish_reason == "length":
-                raise _Stop(StopReason.LENGTH)
-            if not calls:
-                raise _Stop(StopReason.INVALID_CALL if parsed.calls else StopReason.FINAL)
+            calls = await _turn(setting, key, row, trajectory, turn, deadline)
             if turn == setting.limits.max_steps - 1:
                 raise _Stop(StopReason.MAX_STEPS)
-            results = await _run_tools(setting, row, trajectory, calls, context, deadline)
+            results = await _call_tools(setting, row, trajectory, calls, context, deadline)
             trajectory.messages.extend(results)
-            await _bridge(setting, row, trajectory, completion.token_ids, results)
+            await _continue(setting, row, trajectory, results)
     except _Stop as stop:
         trajectory.stop_reason = stop.reason
 
 
 async def _turn(
     setting: Setting, key: RolloutKey, row: Row, trajectory: Trajectory, turn: int, deadline: float
-) -> tuple[ParsedTurn, Completion]:
-    """Sample one assistant message and append it."""
-    limits = setting.limits
-    room = limits.context - len(trajectory.ids)
-    left = limits.max_tokens_per_episode - trajectory.completion_tokens
+) -> list[FunctionCall]:
+    """Sample one assistant message and append it; its readable calls. Ends the episode when there are none."""
+    limits, tree = setting.limits, trajectory.tree
+    room = limits.context - len(tree.current.ids)
+    left = limits.max_tokens_per_episode - tree.sampled
     if room < 1:
         raise _Stop(StopReason.CONTEXT)
     if left < 1:
         raise _Stop(StopReason.TOKEN_BUDGET)
     request = TurnRequest(
         version=key.version,
-        prompt_ids=tuple(trajectory.ids),
+        prompt_ids=tree.current.ids[:],
         max_tokens=min(limits.max_tokens_per_turn, room, left),
         temperature=0.0 if key.greedy else 1.0,
         stop_token_ids=setting.renderer.stop_token_ids,
@@ -144,25 +107,32 @@ async def _turn(
     began = time.monotonic()
     with _doing(trajectory, f"sampling turn {turn + 1}", "sampling"):
         completion = await setting.policy.turn(request)
-    before = list(trajectory.ids)
-    _extend(trajectory, completion.token_ids, completion.log_probs)
-    trajectory.turns.append(
-        {
-            "model": completion.model,
-            "version": key.version,
-            "prompt_tokens": len(before),
-            "completion_tokens": len(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-            "seconds": round(time.monotonic() - began, 4),
-        }
+    tree.record(
+        request.prompt_ids,
+        completion.token_ids,
+        completion.log_probs,
+        model=completion.model,
+        version=key.version,
+        sampler=getattr(completion, "sampler", None),
+        finish_reason=completion.finish_reason,
+        seconds=time.monotonic() - began,
     )
-    parsed = await asyncio.get_running_loop().run_in_executor(
-        setting.executor, setting.renderer.parse, completion.token_ids, list(row.tools) or None, before
-    )
-    return parsed, completion
+    with _doing(trajectory, "reading the turn", "rendering"):
+        parsed = await _off_loop(
+            setting, setting.renderer.parse, completion.token_ids, list(row.tools) or None, request.prompt_ids
+        )
+    valid = [call for call in parsed.calls if call.error is None]
+    trajectory.malformed_calls += len(parsed.calls) - len(valid)
+    calls = [_function_call(call) for call in valid]
+    trajectory.messages.append(_assistant_message(parsed, calls))
+    if completion.finish_reason == "length":
+        raise _Stop(StopReason.LENGTH)
+    if not calls:
+        raise _Stop(StopReason.INVALID_CALL if parsed.calls else StopReason.FINAL)
+    return calls
 
 
-async def _run_tools(
+async def _call_tools(
     setting: Setting,
     row: Row,
     trajectory: Trajectory,
@@ -170,67 +140,55 @@ async def _run_tools(
     context: CallContext,
     deadline: float,
 ) -> list[dict[str, Any]]:
-    """All calls of one message at once; results in the order of the calls. Raises `ToolFailed`."""
+    """The messages that answer the calls, in their order. Raises `ToolFailed`."""
     offered = {tool["function"]["name"] for tool in row.tools}
+    with _doing(trajectory, f"waiting for tool {', '.join(sorted({call.name for call in calls}))}"):
+        run = await run_tools(setting, offered, calls, context, deadline)
+    # Calls of one message run side by side: what made it wait is the call that ended last.
+    trajectory.seconds["tool_queue"] += run.queued_s
+    trajectory.seconds["tools"] += max(0.0, run.wall_s - run.queued_s)
+    trajectory.tools.extend(run.records)
+    trajectory.unknown_calls += run.unknown
+    if run.failed is not None:
+        raise run.failed
+    return [{"role": "tool", "tool_call_id": r.call_id, "name": r.name, "content": r.output} for r in run.records]
 
-    async def one(call: FunctionCall) -> ToolRecord:
-        endpoint = setting.endpoints.get(call.name) if call.name in offered else None
-        if endpoint is None:
-            trajectory.unknown_calls += 1
-            text = f"error: unknown tool {call.name!r}"
-            return ToolRecord(call.call_id, call.name, call.arguments, text, 404, 0, 0.0, True)
-        outcome = await call_tool(
-            setting.http, endpoint, call, context, timeout_s=setting.limits.tool_timeout_s, deadline=deadline
+
+async def _continue(setting: Setting, row: Row, trajectory: Trajectory, results: Sequence[Mapping[str, Any]]) -> None:
+    """Extend the ids by the results and the next turn's opening; if the format cannot, render the history afresh."""
+    tree, tools = trajectory.tree, list(row.tools) or None
+    with _doing(trajectory, "rendering", "rendering"):
+        tail = await _off_loop(
+            setting, _bridged, setting.renderer, tree.current.ids, tree.calls[-1].start, list(results), tools
         )
-        return ToolRecord(
-            call.call_id,
-            call.name,
-            call.arguments,
-            outcome.output,
-            outcome.status,
-            outcome.attempts,
-            outcome.seconds,
-            outcome.is_error,
-        )
-
-    names = ", ".join(sorted({call.name for call in calls}))
-    with _doing(trajectory, f"waiting for tool {names}", "tools"):
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_unwrapped(one(call))) for call in calls]
-    records = [task.result() for task in tasks]
-    for record in records:
-        if isinstance(record, ToolFailed):
-            raise record
-    done = [record for record in records if isinstance(record, ToolRecord)]
-    trajectory.tools.extend(done)
-    return [{"role": "tool", "tool_call_id": r.call_id, "name": r.name, "content": r.output} for r in done]
+        if tail is not None:
+            tree.current.give(tail)
+            return
+        trajectory.bridge_breaks += 1
+        try:
+            prompt = await _off_loop(setting, _rendered, setting.renderer, [*row.messages, *trajectory.messages], tools)
+        except RenderingError:
+            raise _Stop(StopReason.NO_BRIDGE) from None
+    tree.restart(prompt)
 
 
-async def _unwrapped(call: Any) -> ToolRecord | ToolFailed:
-    """A failure as a value: one failed call must not cancel its siblings half-way through the user's server."""
-    try:
-        record: ToolRecord = await call
-        return record
-    except ToolFailed as error:
-        return error
+def _rendered(renderer: ChatRenderer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> array[int]:
+    return array("i", renderer.prompt(list(messages), tools))
 
 
-async def _bridge(
-    setting: Setting,
-    row: Row,
-    trajectory: Trajectory,
-    completion_ids: Sequence[int],
-    results: Sequence[Mapping[str, Any]],
-) -> None:
-    """Extend the history by the tool results and the next turn's opening; none of it is trained on."""
-    split = len(trajectory.ids) - len(completion_ids)
-    prompt, said = trajectory.ids[:split], trajectory.ids[split:]
-    bridged = await asyncio.get_running_loop().run_in_executor(
-        setting.executor, setting.renderer.bridge, prompt, said, list(results), list(row.tools) or None
-    )
-    if bridged is None or bridged[: len(trajectory.ids)] != trajectory.ids:
-        raise _Stop(StopReason.NO_BRIDGE)
-    _extend(trajectory, bridged[len(trajectory.ids) :])
+def _bridged(
+    renderer: ChatRenderer, ids: array[int], start: int, results: Sequence[Message], tools: Sequence[Tool] | None
+) -> array[int] | None:
+    """What follows `ids` in the next prompt; None when the bridge does not hold or would change an id."""
+    found = renderer.bridge(ids[:start], ids[start:], results, tools)
+    if found is None:
+        return None
+    whole = array("i", found)
+    return whole[len(ids) :] if len(whole) > len(ids) and whole[: len(ids)] == ids else None
+
+
+async def _off_loop(setting: Setting, function: Callable[..., R], *arguments: Any) -> R:
+    return await asyncio.get_running_loop().run_in_executor(setting.executor, function, *arguments)
 
 
 async def _grade(setting: Setting, trajectory: Trajectory, context: CallContext, deadline: float) -> Grade:
@@ -239,13 +197,6 @@ async def _grade(setting: Setting, trajectory: Trajectory, context: CallContext,
     sample = sample_of_messages(trajectory.messages, finish_reason=finish)
     with _doing(trajectory, "waiting for the grader", "grading"):
         return await setting.grader.grade(sample, context.item, context, deadline=deadline)
-
-
-def _extend(trajectory: Trajectory, ids: Sequence[int], log_probs: Sequence[float] | None = None) -> None:
-    """Append ids; with log-probs they were sampled (mask 1), without they were given (mask 0)."""
-    trajectory.ids.extend(ids)
-    trajectory.mask.extend([0 if log_probs is None else 1] * len(ids))
-    trajectory.log_probs.extend([0.0] * len(ids) if log_probs is None else log_probs)
 
 
 def _function_call(call: ParsedCall) -> FunctionCall:
@@ -272,7 +223,7 @@ def _failed(key: RolloutKey, trajectory: Trajectory, state: RolloutState, error:
 
 
 @contextmanager
-def _doing(trajectory: Trajectory, activity: str, phase: str | None = None) -> Any:
+def _doing(trajectory: Trajectory, activity: str, phase: str | None = None) -> Iterator[None]:
     """Say what the trajectory is doing, and add the time to its phase."""
     began = time.monotonic()
     trajectory.activity, trajectory.activity_since = activity, began

@@ -5,6 +5,7 @@ Does not cover: rows of the ledger (`app.db.tables.Rollout`) and the trainer's v
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +13,7 @@ from typing import Any
 
 from app.core.states import RolloutState
 from app.graders.base import Grade
+from workers.rollouts.calls import Call, CallTree, Segment
 
 
 class StopReason(StrEnum):
@@ -23,7 +25,7 @@ class StopReason(StrEnum):
     MAX_STEPS = "max_steps"  # the last allowed message still asked for a tool
     TOKEN_BUDGET = "token_budget"
     CONTEXT = "context"  # the next prompt would not fit the model's context
-    NO_BRIDGE = "no_bridge"  # the format cannot extend the token history exactly; nothing is re-rendered
+    NO_BRIDGE = "no_bridge"  # the format can neither extend the token history nor write it afresh
 
 
 @dataclass(frozen=True)
@@ -98,29 +100,60 @@ class ToolRecord:
     attempts: int
     seconds: float
     is_error: bool
+    queued_s: float = 0.0  # waited for leave to call, before `seconds`
+
+
+# Where a rollout's time goes; they do not overlap. `queue`: waiting for a slot in the pool, which the pool adds.
+PHASES = ("queue", "rendering", "sampling", "tool_queue", "tools", "grading")
 
 
 @dataclass
 class Trajectory:
-    """What the engine saw and returned, growing by whole turns; the three token lists have one length."""
+    """What the engine saw and returned, growing by whole turns. Messages share their texts with the tool records."""
 
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
+    tree: CallTree = field(default_factory=CallTree)
     messages: list[dict[str, Any]] = field(default_factory=list)  # after the prompt: assistant and tool messages
     tools: list[ToolRecord] = field(default_factory=list)
-    turns: list[dict[str, Any]] = field(default_factory=list)  # per turn: tokens, seconds, finish, model
     prompt_tokens: int = 0
     malformed_calls: int = 0  # blocks that could not be read
     unknown_calls: int = 0  # readable, but of a tool that the row does not offer; answered with an error
+    bridge_breaks: int = 0  # turns whose prompt had to be rendered afresh
+    drifted: bool = False  # the check against what the engine saw failed
     stop_reason: StopReason | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "tools": 0.0, "grading": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     activity: str = "waiting"  # what it is doing now, for people
     activity_since: float = 0.0  # monotonic
 
     @property
+    def segments(self) -> list[Segment]:
+        """Each with sampled tokens is a training row."""
+        return self.tree.segments
+
+    @property
+    def turns(self) -> list[Call]:
+        return self.tree.calls
+
+    @property
+    def ids(self) -> array[int]:
+        """Of the current segment, as `mask` and `log_probs`."""
+        return self.tree.current.ids
+
+    @property
+    def mask(self) -> bytearray:
+        return self.tree.current.mask
+
+    @property
+    def log_probs(self) -> array[float]:
+        return self.tree.current.log_probs
+
+    @property
     def completion_tokens(self) -> int:
-        return sum(self.mask)
+        return self.tree.sampled
+
+    @property
+    def new_roots(self) -> int:
+        """Segments beyond the first: how often the ids could not be extended."""
+        return len(self.tree.segments) - 1
 
     @property
     def invalid_calls(self) -> int:

@@ -198,10 +198,18 @@ def setting(policy: Any, grader: Any = None, tools: Tools | None = None, **value
     )
 
 
+def answered(trajectory: Trajectory, prompt: Sequence[int], said: Sequence[int]) -> None:
+    """One call: the prompt as it stands after `prompt` was appended, and what was sampled at log-prob -1."""
+    trajectory.tree.current.give(prompt)
+    asked = trajectory.ids[:]
+    rates = [-1.0] * len(said)
+    trajectory.tree.record(asked, said, rates, model="m", version=3, sampler=None, finish_reason="stop", seconds=0.1)
+
+
 def ended(reward: float | None, *, group: int = 1, sample: int = 0, tokens: int = 2, **values: Any) -> Ended:
     """A finished rollout without an episode; `reward` None: discarded by an infrastructure fault."""
-    trajectory = Trajectory(ids=[1] * (1 + tokens), mask=[0] + [1] * tokens, log_probs=[0.0] + [-1.0] * tokens)
-    trajectory.turns = [{}]
+    trajectory = Trajectory()
+    answered(trajectory, [1], [1] * tokens)
     for name, value in values.pop("trajectory", {}).items():
         setattr(trajectory, name, value)
     grade = None if reward is None else Grade(reward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from app.jobs.leases import Fence, LeaseLost
 from app.rollouts import ledger
 from app.rollouts.traces import read_trace
 from tests.db.rows import Seed
-from tests.unit.rollouts.scripted import ended, key, row
+from tests.unit.rollouts.scripted import answered, ended, key, row
 from workers.rollouts import recorder as recording
 from workers.rollouts.recorder import Recorder
 from workers.rollouts.types import Ended, StopReason, ToolRecord
@@ -93,6 +94,21 @@ async def test_a_trace_is_read_back_at_its_place_whole(
     trace = stored(settings, found)
     assert trace["messages"][1]["content"] == "größe 🧢"
     assert trace["tool_calls"][0]["output"] == "31"
+
+
+async def test_a_trace_says_which_version_served_each_sampled_token(
+    database: Database, settings: Settings, recorder: Recorder
+) -> None:
+    split = ended(1.0, tokens=2)
+    split.trajectory.tree.restart(array("i", [8, 9]))
+    answered(split.trajectory, [], [5])
+    await write(recorder, split)
+    trace = stored(settings, (await rows(database))["g1s0"])
+    assert trace["tokens"]["ids"] == [1, 1, 1, 8, 9, 5]
+    assert trace["tokens"]["mask"] == [0, 1, 1, 0, 0, 1]
+    assert trace["segments"] == [{"start": 0, "end": 3, "parent": None}, {"start": 3, "end": 6, "parent": None}]
+    served = [(turn["segment"], turn["start"], turn["end"], turn["version"]) for turn in trace["turns"]]
+    assert served == [(0, 1, 3, 3), (1, 2, 3, 3)]
 
 
 async def test_outcomes_of_all_kinds_are_written_in_one_flush(database: Database, recorder: Recorder) -> None:

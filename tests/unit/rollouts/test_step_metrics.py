@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from app.core.states import RolloutState
@@ -45,6 +47,19 @@ def test_tools_are_told_apart() -> None:
     assert (a["latency_p50_s"], a["latency_p95_s"], b["latency_p50_s"]) == (2.0, 4.0, 1.0)
 
 
+def found(groups: list[Group]) -> StepRollouts:
+    judged = [(group, judge(group, 2)) for group in groups]
+    return StepRollouts(step=3, version=0, groups=judged, positions=[], wall_s=1.0)
+
+
+def test_new_roots_and_drifted_rollouts_are_counted() -> None:
+    afresh, drifted = ended(1.0), ended(None, sample=1, state=RolloutState.SAMPLER_FAILED)
+    afresh.trajectory.tree.restart(array("i", [9, 9]))
+    afresh.trajectory.bridge_breaks, drifted.trajectory.drifted = 2, True
+    shown = metrics.step_data(3, 10, found([Group(row(), 1, 0, [afresh, drifted])]))["rollouts"]
+    assert (shown["new_roots"], shown["bridge_breaks"], shown["token_drift"]) == (1, 2, 1)
+
+
 def test_a_steps_data_says_what_its_groups_were_worth() -> None:
     groups = [
         Group(row(), 1, 0, [ended(1.0), ended(0.0, sample=1, trajectory={"stop_reason": StopReason.LENGTH})]),
@@ -52,7 +67,7 @@ def test_a_steps_data_says_what_its_groups_were_worth() -> None:
         Group(row(), 3, 0, [ended(1.0, group=3), ended(None, group=3, sample=1, state=RolloutState.GRADER_FAILED)]),
         Group(row(), 4, 0, [ended(0.0, group=4), ended(0.0, group=4, sample=1)]),
     ]
-    data = metrics.step_data(3, 10, StepRollouts([(group, judge(group, 2)) for group in groups], 1.0))
+    data = metrics.step_data(3, 10, found(groups))
     assert data["groups"] == {"size": 2, "total": 4, "mixed": 0.25, "solved": 0.25, "constant": 0.5, "dropped": 0.25}
     assert (data["rollouts"]["started"], data["rollouts"]["graded"], data["rollouts"]["truncated"]) == (8, 7, 1)
     assert data["rollouts"]["discarded"] == {"grader_failed": 1}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from app.core.states import RolloutState
 from app.graders.base import GraderFailed, InvalidScore
+from app.rendering.protocol import MessageNotRenderable
 from app.rendering.registry import build_renderer
 from app.rendering.tokens import TextTokenizer
 from app.samplers.errors import SamplerUnavailable
@@ -33,7 +36,7 @@ from tests.unit.rollouts.scripted import (
     text,
 )
 from workers.rollouts.trajectory import Setting, run_rollout
-from workers.rollouts.types import Ended, Row, StopReason, Trajectory
+from workers.rollouts.types import Ended, Row, StopReason, ToolRecord, Trajectory
 
 LOOKUP = '!lookup {"item": "hat"}'
 
@@ -53,9 +56,11 @@ async def test_a_two_turn_episode_keeps_every_sampled_id_and_log_prob() -> None:
     first, second = completion(f"let me see|{LOOKUP}"), completion("84", turn=1)
     prompt, between = "[lookup]<user>row 0<assistant>", "<tool>31<assistant>"
     assert text(trajectory.ids) == f"{prompt}let me see|{LOOKUP}{END}{between}84{END}"
-    assert trajectory.mask == [0] * len(prompt) + [1] * len(first.token_ids) + [0] * len(between) + [1] * 3
-    assert trajectory.log_probs == [0.0] * len(prompt) + [*first.log_probs] + [0.0] * len(between) + [*second.log_probs]
-    assert list(policy.requests[1].prompt_ids) == trajectory.ids[:-3]
+    assert list(trajectory.mask) == [0] * len(prompt) + [1] * len(first.token_ids) + [0] * len(between) + [1] * 3
+    log_probs = [0.0] * len(prompt) + [*first.log_probs] + [0.0] * len(between) + [*second.log_probs]
+    assert list(trajectory.log_probs) == pytest.approx(log_probs)
+    assert policy.requests[1].prompt_ids == trajectory.ids[:-3]
+    assert (len(trajectory.segments), trajectory.bridge_breaks) == (1, 0)
     assert (found.reward, trajectory.stop_reason, trajectory.truncated) == (1.0, StopReason.FINAL, False)
     assert (trajectory.prompt_tokens, trajectory.completion_tokens) == (len(prompt), len(first.token_ids) + 3)
 
@@ -89,7 +94,7 @@ async def test_a_real_format_carries_the_sampled_ids_verbatim(tmp_path: Path) ->
         await roll(setting(policy, tools=Tools(lookup=says("31")), renderer=renderer), row(0, "lookup"))
     ).trajectory
     start = trajectory.prompt_tokens
-    assert trajectory.ids[start : start + len(said)] == said
+    assert list(trajectory.ids[start : start + len(said)]) == said
     assert len(trajectory.ids) == len(trajectory.mask) == len(trajectory.log_probs)
     assert "31" in renderer.decode(trajectory.ids[start + len(said) :])
 
@@ -150,24 +155,92 @@ async def test_a_turn_is_asked_for_no_more_than_the_context_holds() -> None:
     assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.CONTEXT, True)
 
 
-async def test_a_format_that_cannot_extend_the_history_ends_the_episode() -> None:
-    renderer = CharRenderer()
-    renderer.holds = False
-    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), renderer=renderer)
-    found = await roll(where, row(0, "lookup"))
+class Forgetful(CharRenderer):
+    """Cannot extend a history, and writes an earlier turn otherwise than it was sampled."""
+
+    holds = False
+
+
+class Rewriting(CharRenderer):
+    """Its bridges change the first id."""
+
+    def bridge(self, prompt_ids: Any, *rest: Any) -> list[int] | None:
+        return super().bridge([0, *prompt_ids[1:]], *rest)
+
+
+class Patient(CharRenderer):
+    """Cannot extend a history, and yet writes it afresh id by id as it was sampled."""
+
+    holds = False
+
+    def prompt(self, messages: Any, tools: Any) -> list[int]:
+        said = [f"{LOOKUP}{END}<tool>{m['content']}<assistant>" for m in messages[1:] if m["role"] == "tool"]
+        return super().prompt(messages[:1], tools) + ids("".join(said))
+
+
+@pytest.mark.parametrize("renderer", [Forgetful(), Rewriting()], ids=["no bridge", "a bridge that changes the past"])
+async def test_a_history_that_cannot_be_extended_is_rendered_afresh_as_a_new_root(renderer: CharRenderer) -> None:
+    policy = ScriptedPolicy([LOOKUP, "84"])
+    trajectory = (
+        await roll(setting(policy, tools=Tools(lookup=says("31")), renderer=renderer), row(0, "lookup"))
+    ).trajectory
+    first, second = trajectory.segments
+    prompt, afresh = "[lookup]<user>row 0<assistant>", "[lookup]<user>row 0<assistant>None<tool>31<assistant>"
+    assert (text(first.ids), text(second.ids)) == (f"{prompt}{LOOKUP}{END}", f"{afresh}84{END}")
+    assert list(first.mask) == [0] * len(prompt) + [1] * (len(LOOKUP) + 1)
+    assert list(second.mask) == [0] * len(afresh) + [1] * 3
+    assert list(second.log_probs[-3:]) == pytest.approx(completion("84", turn=1).log_probs)
+    assert text(policy.requests[1].prompt_ids) == afresh
+    assert (trajectory.stop_reason, trajectory.new_roots, trajectory.bridge_breaks) == (StopReason.FINAL, 1, 1)
+    assert trajectory.completion_tokens == len(LOOKUP) + 1 + 3
+
+
+async def test_a_fresh_render_that_extends_the_history_opens_no_root() -> None:
+    where = setting(ScriptedPolicy([LOOKUP, LOOKUP, "84"]), tools=Tools(lookup=says("31")), renderer=Patient())
+    trajectory = (await roll(where, row(0, "lookup"))).trajectory
+    assert (trajectory.new_roots, trajectory.bridge_breaks, len(trajectory.turns)) == (0, 2, 3)
+    assert text(trajectory.ids).endswith(f"{LOOKUP}{END}<tool>31<assistant>84{END}")
+
+
+async def test_the_token_budget_counts_every_root() -> None:
+    said = len(LOOKUP) + 1
+    limits = limited(max_tokens_per_episode=2 * said)
+    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), renderer=Forgetful(), limits=limits)
+    trajectory = (await roll(where, row(0, "lookup"))).trajectory
+    assert [segment.sampled for segment in trajectory.segments] == [said, said, 0]
+    assert trajectory.stop_reason is StopReason.TOKEN_BUDGET
+
+
+async def test_a_format_that_can_neither_extend_nor_rewrite_ends_the_episode() -> None:
+    class Stuck(Forgetful):
+        def prompt(self, messages: Any, tools: Any) -> list[int]:
+            if len(messages) > 1:
+                raise MessageNotRenderable("messages.1", "no")
+            return super().prompt(messages, tools)
+
+    found = await roll(
+        setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), renderer=Stuck()), row(0, "lookup")
+    )
     assert (found.trajectory.stop_reason, found.trajectory.truncated) == (StopReason.NO_BRIDGE, True)
     assert found.trajectory.messages[-1]["content"] == "31"
 
 
-async def test_a_bridge_that_changes_the_past_is_not_used() -> None:
-    class Rewriting(CharRenderer):
-        def bridge(self, prompt_ids: Any, *rest: Any) -> list[int] | None:
-            return super().bridge([0, *prompt_ids[1:]], *rest)
+@pytest.mark.parametrize("change", [lambda t: t.ids.__setitem__(3, 7), lambda t: t.ids.__setitem__(-20, 7),
+                                    lambda t: t.log_probs.__setitem__(-20, -9.0), lambda t: t.mask.__setitem__(0, 1)],
+                         ids=["a prompt id", "a sampled id", "a log-prob", "the mask"])  # fmt: skip
+async def test_ids_that_are_not_what_the_engine_saw_are_never_graded(change: Any) -> None:
+    trajectory, grader = Trajectory(), ScriptedGrader()
 
-    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), renderer=Rewriting())
-    found = await roll(where, row(0, "lookup"))
-    assert found.trajectory.stop_reason is StopReason.NO_BRIDGE
-    assert text(found.trajectory.ids).endswith(LOOKUP + END)
+    async def later(request: Any) -> None:
+        if request.request_id.endswith("-1"):
+            change(trajectory)
+
+    policy = ScriptedPolicy([LOOKUP, "84"], before=later)
+    where = setting(policy, grader, Tools(lookup=says("31")))
+    found = await run_rollout(where, key(), row(0, "lookup"), trajectory)
+    assert (found.state, found.grade, trajectory.drifted) == (RolloutState.SAMPLER_FAILED, None, True)
+    assert (found.error or "").startswith("token drift: ")
+    assert grader.seen == []
 
 
 async def test_calls_of_one_message_run_together_and_answer_in_order() -> None:
@@ -303,5 +376,44 @@ async def test_time_is_counted_by_phase_and_the_turns_are_recorded() -> None:
     found = await roll(setting(ScriptedPolicy([LOOKUP, "84"]), tools=Tools(lookup=slow)), row(0, "lookup"))
     seconds, turns = found.trajectory.seconds, found.trajectory.turns
     assert seconds["tools"] >= 0.05 > seconds["sampling"]
-    assert [turn["completion_tokens"] for turn in turns] == [len(ids(LOOKUP)) + 1, 3]
-    assert [turn["version"] for turn in turns] == [3, 3]
+    assert [turn.end - turn.start for turn in turns] == [len(ids(LOOKUP)) + 1, 3]
+    assert [(turn.model, turn.version, turn.parent) for turn in turns] == [("adapter", 3, None), ("adapter", 3, 0)]
+    assert seconds.keys() == {"queue", "rendering", "sampling", "tool_queue", "tools", "grading"}
+
+
+async def test_waiting_for_leave_to_call_a_tool_is_not_the_tools_time() -> None:
+    heard: list[ToolRecord] = []
+
+    class Narrow:
+        one = asyncio.Lock()
+
+        @asynccontextmanager
+        async def tool(self, name: str) -> AsyncIterator[None]:
+            async with self.one:
+                yield
+
+    async def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        await asyncio.sleep(0.05)
+        return 200, {"output": "31"}
+
+    two = f"{LOOKUP}|{LOOKUP}"
+    where = setting(ScriptedPolicy([two, "84"]), tools=Tools(lookup=slow), gate=Narrow(), on_tool=heard.append)
+    seconds = (await roll(where, row(0, "lookup"))).trajectory.seconds
+    assert seconds["tool_queue"] >= 0.05
+    assert 0.05 <= seconds["tools"] < seconds["tool_queue"] + seconds["tools"] - 0.04
+    assert sorted(record.queued_s > 0.04 for record in heard) == [False, True]
+
+
+async def test_a_gate_that_never_opens_ends_at_the_rollouts_deadline() -> None:
+    class Closed:
+        @asynccontextmanager
+        async def tool(self, name: str) -> AsyncIterator[None]:
+            await asyncio.sleep(30)
+            yield
+
+    heard: list[ToolRecord] = []
+    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), gate=Closed(), on_tool=heard.append)
+    found = await roll(replace(where, limits=limited(rollout_timeout_s=0.1)), row(0, "lookup"))
+    assert found.state is RolloutState.TOOL_FAILED
+    assert "waited for its turn" in (found.error or "")
+    assert [(record.status, record.is_error) for record in heard] == [(0, True)]
