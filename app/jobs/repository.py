@@ -1,4 +1,4 @@
-"""All SQL of the job slice that is a client's: insert, look up, list, count the ledger, cancel, pause, resume; per project.
+"""All SQL of the job slice that is a client's: insert, look up, list, counts, cancel, pause, resume. Per project.
 
 Does not cover: a worker's writes (`leases`) and the reconciler's (`reconcile`).
 """
