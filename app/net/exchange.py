@@ -26,6 +26,18 @@ LONGEST_ASKED_PAUSE_S = 60.0  # a Retry-After beyond this is a refusal when no d
 TRANSIENT_4XX = frozenset({408, 425, 429})
 
 
+@dataclass(frozen=True)
+class Attempted:
+    """How one attempt ended, for whoever paces the next ones. `status` None: there was no complete answer."""
+
+    status: int | None
+    seconds: float
+    retry_after_s: float | None = None
+
+
+Watch = Callable[[Attempted], None]
+
+
 class Gate(Protocol):
     """Something every attempt waits for, such as a rate limit."""
 
@@ -72,11 +84,14 @@ class Unanswered(Exception):
 class _Fault(Exception):
     """One attempt failed. `again`: another one may succeed."""
 
-    def __init__(self, reason: str, *, again: bool, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, reason: str, *, again: bool, retry_after_s: float | None = None, status: int | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.again = again
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
 async def post_json(
@@ -89,10 +104,11 @@ async def post_json(
     deadline: float | None,
     retry: Retry | None = None,
     gate: Gate | None = None,
+    watch: Watch | None = None,
 ) -> Answer:
     """POST `body` until there is an answer, `retry` is used up, or `deadline` (time.monotonic()) is near.
 
-    timeout_s bounds one attempt from dialling to the last byte. Raises Unanswered.
+    timeout_s bounds one attempt from dialling to the last byte; `watch` hears how each ended. Raises Unanswered.
     """
     retry = retry or Retry()
     started = time.monotonic()
@@ -113,14 +129,19 @@ async def post_json(
                 raise unanswered("its rate limit left no turn before the deadline") from None
         limit = min(timeout_s, max(_left(deadline), 0.001))
         attempt += 1
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(limit):
                 status, content = await _attempt(http, url, body, headers, limit)
+            if watch is not None:
+                watch(Attempted(status, time.monotonic() - asked))
             return Answer(status, content, attempt, time.monotonic() - started)
         except TimeoutError:
             fault = _Fault(f"no complete answer within {limit:.3g} s", again=True)
         except _Fault as error:
             fault = error
+        if watch is not None:
+            watch(Attempted(fault.status, time.monotonic() - asked, fault.retry_after_s))
         last = fault.reason
         if not fault.again or attempt > retry.max_retries:
             raise unanswered(last) from None
@@ -159,7 +180,7 @@ async def _attempt(
     if status >= 500 or status in TRANSIENT_4XX:
         pause = _retry_after(response.headers.get("retry-after"))
         said = f": {quote(content, url, headers)}" if content else ""
-        raise _Fault(f"answered {status}{said}", again=True, retry_after_s=pause)
+        raise _Fault(f"answered {status}{said}", again=True, retry_after_s=pause, status=status)
     return status, content
 
 

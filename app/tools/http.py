@@ -14,7 +14,7 @@ from typing import Any
 
 from app.net.clients import CONNECT_TIMEOUT_S, HttpClient, InvalidURL, TimeoutException, TransportError
 from app.net.endpoint import hide_secrets, quote, show_url
-from app.net.exchange import MAX_BODY_BYTES, Answer, Retry, Unanswered, post_json
+from app.net.exchange import MAX_BODY_BYTES, Answer, Retry, Unanswered, Watch, post_json
 from app.net.guard import EgressDenied
 
 _LIMIT = f"{MAX_BODY_BYTES // (1024 * 1024)} MB"
@@ -99,10 +99,12 @@ async def call_tool(
     timeout_s: float,
     deadline: float | None,
     retry: Retry | None = None,
+    watch: Watch | None = None,
 ) -> ToolOutcome:
     """Make the call; every attempt carries the same `call_id`, so an endpoint can drop a repeated one.
 
-    timeout_s bounds one attempt, `deadline` (time.monotonic()) all of them together. Raises ToolFailed.
+    timeout_s bounds one attempt, `deadline` (time.monotonic()) all of them together; `watch` hears how each ended.
+    Raises ToolFailed.
     """
     body = json.dumps(
         {
@@ -121,7 +123,7 @@ async def call_tool(
     headers = request_headers(endpoint.headers, context, f"{context.trace_id}:{call.call_id}")
     try:
         answer = await post_json(
-            http, endpoint.server_url, body, headers, timeout_s=timeout_s, deadline=deadline, retry=retry
+            http, endpoint.server_url, body, headers, timeout_s=timeout_s, deadline=deadline, retry=retry, watch=watch
         )
     except Unanswered as error:
         raise ToolFailed(endpoint.name, error.url, error.attempts, error.last_error) from None

@@ -12,7 +12,7 @@ from email.utils import format_datetime
 import pytest
 
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
-from app.net.exchange import MAX_BODY_BYTES, Answer, Retry, Unanswered, _retry_after, post_json
+from app.net.exchange import MAX_BODY_BYTES, Answer, Attempted, Retry, Unanswered, _retry_after, post_json
 from tests.unit.net.user_endpoint import Reply, UserEndpoint
 
 FAST = Retry(base_s=0.01, cap_s=0.02)
@@ -119,6 +119,14 @@ async def test_retry_after_is_honoured(http: HttpClient, endpoint: UserEndpoint)
 
 
 @pytest.mark.parametrize("budget_s", [1.0, None])
+async def test_whoever_watches_hears_how_each_attempt_ended(http: HttpClient, endpoint: UserEndpoint) -> None:
+    endpoint.plays(Reply(429, headers={"Retry-After": "0"}), Reply(200, {}, delay_s=1.0), Reply(404))
+    heard: list[Attempted] = []
+    await post_json(http, endpoint.url, b"{}", {}, timeout_s=0.2, deadline=None, retry=FAST, watch=heard.append)
+    assert [(one.status, one.retry_after_s) for one in heard] == [(429, 0.0), (None, None), (404, None)]
+    assert heard[1].seconds == pytest.approx(0.2, abs=0.1)
+
+
 async def test_a_pause_longer_than_the_deadline_is_not_begun(
     http: HttpClient, endpoint: UserEndpoint, budget_s: float | None
 ) -> None:

@@ -1,0 +1,414 @@
+"""Admission follows what sampler and tools carry; simulated ones, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from app.net.exchange import Attempted
+from app.samplers.errors import SamplerUnavailable
+from app.samplers.metrics import SamplerLoad
+from tests.unit.rollouts.virtual_time import clock, simulate
+from workers.rollouts.congestion import Congestion
+from workers.rollouts.tool_gate import ToolBusy
+
+ROOMY = SamplerLoad(running=4, waiting=0, kv_usage=0.1, preemptions=0, generation_tokens=0)
+
+
+def load(**values: object) -> SamplerLoad:
+    return SamplerLoad(**{**vars(ROOMY), **values})  # type: ignore[arg-type]
+
+
+@dataclass
+class Engine:
+    """Serves `rows` turns at once, the rest wait; each takes a second and one share of `kv`."""
+
+    rows: int
+    kv: int
+    running: int = 0
+    waiting: int = 0
+    served: int = 0
+    row: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row = asyncio.Semaphore(self.rows)
+
+    async def turn(self) -> None:
+        self.waiting += 1
+        async with self.row:
+            self.waiting -= 1
+            self.running += 1
+            try:
+                await asyncio.sleep(1.0)
+            finally:
+                self.running -= 1
+            self.served += 1
+
+    async def loads(self) -> list[SamplerLoad]:
+        return [SamplerLoad(self.running, self.waiting, self.running / self.kv, 0, self.served)]
+
+
+@dataclass
+class Tool:
+    """Refuses the call that would be one more than `most`; answers after `seconds`."""
+
+    most: int
+    seconds: float = 1.0
+    at_once: int = 0
+    peak: int = 0
+    answered: int = 0
+    refused: int = 0
+    retry_after_s: float | None = None
+
+    async def call(self, watch: Callable[[Attempted], None]) -> None:
+        while True:
+            self.at_once += 1
+            self.peak = max(self.peak, self.at_once)
+            try:
+                if self.at_once > self.most:
+                    self.refused += 1
+                    watch(Attempted(429, 0.0, self.retry_after_s))
+                else:
+                    await asyncio.sleep(self.seconds)
+                    self.answered += 1
+                    watch(Attempted(200, self.seconds))
+                    return
+            finally:
+                self.at_once -= 1
+            await asyncio.sleep(0.25)
+
+
+Life = Callable[[], Awaitable[None]]
+
+
+async def traffic(congestion: Congestion, lives: Sequence[Life], seconds: float, loads: object = None) -> list[int]:
+    """Endless trajectories behind the admission; the limit as it was each second."""
+
+    async def worker(life: Life) -> None:
+        while True:
+            async with congestion.slot((0,)):
+                await life()
+
+    tasks = [asyncio.create_task(worker(life)) for life in lives]
+    if loads is not None:
+        tasks.append(asyncio.create_task(congestion.poll(loads)))  # type: ignore[arg-type]
+    limits = []
+    for _ in range(int(seconds)):
+        await asyncio.sleep(1.0)
+        limits.append(congestion.limit)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert congestion.in_flight == congestion.waiting == 0
+    return limits
+
+
+# --- the limit ---
+
+
+def test_it_settles_where_the_engines_rows_are_full_and_its_queue_is_short() -> None:
+    async def main() -> None:
+        engine, congestion = Engine(rows=40, kv=1000), Congestion(floor=4, ceiling=1000, clock=clock)
+        limits = await traffic(congestion, [engine.turn] * 1000, 300, engine.loads)
+        assert max(limits) < 200  # the first probe overshoots once
+        assert all(36 <= limit <= 64 for limit in limits[60:])
+        assert engine.served >= 0.97 * 40 * 299
+
+    simulate(main())
+
+
+def test_it_settles_below_a_full_cache_and_recovers_when_there_is_more() -> None:
+    async def main() -> None:
+        engine, congestion = Engine(rows=10_000, kv=100), Congestion(floor=8, ceiling=1000, clock=clock)
+        limits = await traffic(congestion, [engine.turn] * 1000, 120, engine.loads)
+        assert all(60 <= limit <= 85 for limit in limits[30:])
+        engine.kv = 400
+        limits = await traffic(congestion, [engine.turn] * 1000, 120, engine.loads)
+        assert all(240 <= limit <= 330 for limit in limits[60:])
+
+    simulate(main())
+
+
+@pytest.mark.parametrize(
+    ("sign", "why"),
+    [
+        (load(preemptions=3), "pre-empted 3 requests"),
+        (load(kv_usage=0.95), "KV cache 95% full"),
+        (load(kv_usage=0.85), "KV cache 85% full"),
+    ],
+)
+async def test_signs_of_pressure_lower_the_limit_and_are_named(sign: SamplerLoad, why: str) -> None:
+    congestion = Congestion(floor=4, ceiling=100, start=40)
+    congestion.observe_sampler(ROOMY)
+    congestion.in_flight = 40
+    congestion.observe_sampler(sign)
+    assert congestion.limit in (30, 38)
+    assert why in congestion.describe()["last_change"]["why"]
+
+
+async def test_while_more_run_than_allowed_there_is_no_second_cut() -> None:
+    congestion = Congestion(floor=4, ceiling=100, start=40)
+    congestion.in_flight = 40
+    for _ in range(50):
+        congestion.observe_sampler(load(kv_usage=0.99))
+    assert congestion.limit == 30
+
+
+async def test_the_limit_never_falls_below_a_group() -> None:
+    congestion = Congestion(floor=8, ceiling=100)
+    for _ in range(50):
+        congestion.in_flight = congestion.limit
+        congestion.observe_sampler(load(kv_usage=0.99))
+    assert congestion.limit == 8
+
+
+async def test_a_limit_that_nobody_reaches_does_not_grow() -> None:
+    congestion = Congestion(floor=4, ceiling=1000, start=20)
+    congestion.in_flight = 10
+    for _ in range(10):
+        congestion.observe_sampler(ROOMY)
+    assert congestion.limit == 20
+
+
+async def test_a_queue_that_comes_and_goes_with_a_burst_is_no_congestion() -> None:
+    congestion = Congestion(floor=4, ceiling=100, start=40)
+    congestion.in_flight = 40
+    for waiting in (30, 30, 0) * 5:
+        congestion.observe_sampler(load(running=10, waiting=waiting))
+    assert congestion.limit == 40
+    for _ in range(3):
+        congestion.observe_sampler(load(running=10, waiting=34))
+    assert congestion.limit == 30
+    assert congestion.describe()["last_change"]["why"] == "sampler queue 34 waiting, 10 running"
+
+
+async def test_a_sampler_that_joins_or_restarts_is_no_preemption() -> None:
+    congestion = Congestion(floor=4, ceiling=100, start=40)
+    congestion.in_flight = 40
+    for sign in (load(preemptions=5), load(preemptions=25, samplers=2), load(preemptions=0, samplers=2)):
+        congestion.observe_sampler(sign)
+    assert congestion.limit == 40
+
+
+def test_a_sampler_that_is_away_moves_nothing_and_ends_nothing() -> None:
+    async def main() -> None:
+        away = False
+
+        async def loads() -> list[SamplerLoad]:
+            if away:
+                raise SamplerUnavailable("gone", url="http://s")
+            return [load(kv_usage=0.7)]
+
+        congestion = Congestion(floor=4, ceiling=100, start=40, clock=clock)
+        poll = asyncio.create_task(congestion.poll(loads))
+        await asyncio.sleep(3)
+        away, congestion._bound = True, True
+        await asyncio.sleep(10)
+        assert congestion.limit == 40
+        assert not poll.done()
+        poll.cancel()
+
+    simulate(main())
+
+
+def test_one_that_never_tells_its_load_is_bounded_by_the_ceiling_alone() -> None:
+    async def main() -> None:
+        async def loads() -> list[SamplerLoad]:
+            return []
+
+        engine, congestion = Engine(rows=1000, kv=1000), Congestion(floor=4, ceiling=100, start=8, clock=clock)
+        assert (await traffic(congestion, [engine.turn] * 200, 10, loads))[-1] == 100
+
+    simulate(main())
+
+
+def test_a_sampler_that_hangs_is_given_up_after_a_deadline() -> None:
+    async def main() -> None:
+        asked = 0
+
+        async def loads() -> list[SamplerLoad]:
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(3600)
+            return []
+
+        poll = asyncio.create_task(Congestion(floor=1, ceiling=2, clock=clock).poll(loads))
+        await asyncio.sleep(20)
+        poll.cancel()
+        assert asked == 4
+
+    simulate(main())
+
+
+# --- who goes next ---
+
+
+async def test_the_lowest_priority_goes_first_and_equals_in_order() -> None:
+    congestion = Congestion(floor=1, ceiling=1, start=1)
+    order: list[str] = []
+
+    async def one(name: str, priority: tuple[int, ...]) -> None:
+        async with congestion.slot(priority):
+            order.append(name)
+            await asyncio.sleep(0)
+
+    names = [("first", (9,)), ("b1", (1, 2)), ("b2", (1, 2)), ("a", (0, 7)), ("b3", (1, 2)), ("c", (2,))]
+    await asyncio.gather(*(one(name, priority) for name, priority in names))
+    assert order == ["first", "a", "b1", "b2", "b3", "c"]
+
+
+async def test_a_group_that_is_nearly_done_is_moved_up() -> None:
+    congestion = Congestion(floor=1, ceiling=1, start=1)
+    order: list[int] = []
+
+    async def one(group: int) -> None:
+        async with congestion.slot((1, 4, group), group):
+            order.append(group)
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(one(group)) for group in (1, 2, 2, 3, 3)]
+    await asyncio.sleep(0)
+    congestion.promote(3, (1, 1, 3))
+    congestion.promote(2, (1, 3, 2))
+    await asyncio.gather(*tasks)
+    assert order == [1, 3, 3, 2, 2]
+    assert congestion._line.groups == {}
+
+
+async def test_a_cancelled_waiter_neither_keeps_nor_loses_a_place() -> None:
+    rng, congestion = random.Random(1), Congestion(floor=1, ceiling=3, start=3)
+
+    async def one() -> None:
+        async with congestion.slot((rng.randrange(5),)):
+            await asyncio.sleep(rng.random() / 500)
+
+    tasks = [asyncio.create_task(one()) for _ in range(300)]
+    for _ in range(120):
+        await asyncio.sleep(0)
+        rng.choice(tasks).cancel()
+        assert congestion.in_flight <= 3
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert congestion.in_flight == congestion.waiting == 0
+    async with asyncio.timeout(1):
+        await one()
+
+
+# --- tools ---
+
+
+def calls(congestion: Congestion, name: str, tool: Tool) -> Life:
+    async def life() -> None:
+        async with congestion.tool(name) as turn:
+            await tool.call(turn.watch)
+
+    return life
+
+
+def test_calls_settle_near_what_the_tool_takes_at_once() -> None:
+    async def main() -> None:
+        tool, congestion = Tool(most=20), Congestion(floor=4, ceiling=200, start=200, clock=clock)
+        await traffic(congestion, [calls(congestion, "t", tool)] * 100, 60)
+        tool.refused = tool.answered = 0
+        await traffic(congestion, [calls(congestion, "t", tool)] * 100, 300)
+        assert tool.answered >= 0.8 * 20 * 299
+        assert tool.refused <= 0.05 * tool.answered
+
+    simulate(main())
+
+
+def test_one_busy_tool_does_not_slow_another() -> None:
+    async def main() -> None:
+        busy, free = Tool(most=5), Tool(most=10_000)
+        congestion = Congestion(floor=4, ceiling=200, start=200, clock=clock)
+        lives = [calls(congestion, "busy", busy)] * 50 + [calls(congestion, "free", free)] * 50
+        await traffic(congestion, lives, 100)
+        assert free.answered >= 50 * 98
+        assert list(congestion.describe()["tools"]) == ["busy"]
+        assert congestion.describe()["tools"]["busy"]["why"] == "answered 429"
+
+    simulate(main())
+
+
+def test_a_line_at_a_tool_lowers_the_number_of_trajectories() -> None:
+    async def main() -> None:
+        tool, congestion = Tool(most=10), Congestion(floor=4, ceiling=200, start=200, clock=clock)
+
+        async def loads() -> list[SamplerLoad]:
+            return [ROOMY]
+
+        limits = await traffic(congestion, [calls(congestion, "search", tool)] * 300, 300, loads)
+        assert all(8 <= limit <= 30 for limit in limits[100:])
+        change = congestion.change
+        assert change is not None
+        assert "calls wait for tool search (answered 429)" in change.why or change.after > change.before
+
+    simulate(main())
+
+
+def test_retry_after_holds_every_call_of_the_tool() -> None:
+    async def main() -> None:
+        congestion = Congestion(floor=1, ceiling=100, clock=clock)
+        async with congestion.tool("t") as turn:
+            turn.watch(Attempted(429, 0.0, 7.0))
+        async with congestion.tool("other") as turn:
+            assert turn.queued_s == 0
+        async with congestion.tool("t") as turn:
+            assert turn.queued_s == pytest.approx(7.0)
+
+    simulate(main())
+
+
+def test_a_call_does_not_wait_in_line_beyond_its_deadline() -> None:
+    async def main() -> None:
+        gate = Congestion(floor=1, ceiling=100, clock=clock)._gate("t")
+        async with gate.turn(None) as turn:
+            turn.watch(Attempted(503, 0.0))
+            with pytest.raises(ToolBusy, match="'t' is busy"):
+                async with gate.turn(3.0):
+                    pass
+            assert (clock(), gate.in_line) == (3.0, 0)
+        assert gate.in_flight == 0
+
+    simulate(main())
+
+
+def test_a_tool_that_becomes_slow_under_load_gets_fewer_calls() -> None:
+    async def main() -> None:
+        congestion = Congestion(floor=4, ceiling=400, start=400, clock=clock)
+        worker = asyncio.Semaphore(16)
+
+        async def life() -> None:
+            async with congestion.tool("slow") as turn:
+                began = clock()
+                async with worker:
+                    await asyncio.sleep(0.1)
+                turn.watch(Attempted(200, clock() - began))
+
+        await traffic(congestion, [life] * 12, 30)
+        assert congestion.describe()["tools"] == {}
+        await traffic(congestion, [life] * 300, 60)
+        assert 12 <= congestion._gate("slow").limit <= 80
+        assert "3 times as long" in congestion.describe()["tools"]["slow"]["why"]
+
+    simulate(main())
+
+
+def test_long_tails_alone_are_no_congestion() -> None:
+    async def main() -> None:
+        congestion, rng = Congestion(floor=4, ceiling=400, start=400, clock=clock), random.Random(7)
+
+        async def life() -> None:
+            async with congestion.tool("tail") as turn:
+                began = clock()
+                await asyncio.sleep(rng.lognormvariate(-1.0, 1.45))
+                turn.watch(Attempted(200, clock() - began))
+
+        for crowd in (20, 300, 50, 300):
+            await traffic(congestion, [life] * crowd, 120)
+        assert congestion.describe()["tools"] == {}
+
+    simulate(main())
