@@ -112,13 +112,6 @@ async def test_nothing_is_sent_after_the_deadline(http: HttpClient, endpoint: Us
     assert (error.value.attempts, endpoint.seen) == (0, [])
 
 
-async def test_retry_after_is_honoured(http: HttpClient, endpoint: UserEndpoint) -> None:
-    endpoint.plays(Reply(429, headers={"Retry-After": "1"}), Reply(200, {}))
-    await post(http, endpoint.url)
-    assert endpoint.at[1] - endpoint.at[0] >= 1.0
-
-
-@pytest.mark.parametrize("budget_s", [1.0, None])
 async def test_whoever_watches_hears_how_each_attempt_ended(http: HttpClient, endpoint: UserEndpoint) -> None:
     endpoint.plays(Reply(429, headers={"Retry-After": "0"}), Reply(200, {}, delay_s=1.0), Reply(404))
     heard: list[Attempted] = []
@@ -127,6 +120,13 @@ async def test_whoever_watches_hears_how_each_attempt_ended(http: HttpClient, en
     assert heard[1].seconds == pytest.approx(0.2, abs=0.1)
 
 
+async def test_retry_after_is_honoured(http: HttpClient, endpoint: UserEndpoint) -> None:
+    endpoint.plays(Reply(429, headers={"Retry-After": "1"}), Reply(200, {}))
+    await post(http, endpoint.url)
+    assert endpoint.at[1] - endpoint.at[0] >= 1.0
+
+
+@pytest.mark.parametrize("budget_s", [1.0, None])
 async def test_a_pause_longer_than_the_deadline_is_not_begun(
     http: HttpClient, endpoint: UserEndpoint, budget_s: float | None
 ) -> None:
