@@ -59,14 +59,35 @@ class Settings(BaseSettings):
     max_crashes: int = Field(3, ge=1, description="Crashes without a finished step in between before a job is failed.")
     trainer_silence_s: float = Field(900.0, gt=0, description="A trainer that reports nothing for this long is ended.")
 
-    sampler_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Compute type of the built-in engine."
+    sampler_engine: Literal["auto", "builtin", "vllm"] = Field(
+        "auto", description="What samples: vLLM where a GPU and a vLLM are found, else the built-in engine on the CPU."
     )
-    sampler_max_adapters: int = Field(8, ge=3, description="Adapter versions a sampler holds at once.")
+    sampler_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Compute type of samplers; say it for a vLLM in HONE_SAMPLER_URLS, which does not tell."
+    )
+    sampler_max_adapters: int = Field(
+        8, ge=3, description="Adapter versions a sampler holds at once; vLLM's --max-loras."
+    )
+    sampler_max_lora_rank: int = Field(64, ge=1, le=512, description="Highest LoRA rank a sampler takes.")
     sampler_max_model_len: int = Field(4096, ge=128, description="Longest context served (capped by the model).")
     sampler_start_s: float = Field(300.0, gt=0, description="A sampler that is not healthy after this long has failed.")
     sampler_idle_s: float = Field(900.0, gt=0, description="A sampler nobody asked for this long is stopped.")
-    sampler_urls: str = Field("", description="Samplers that already run; the keeper then starts none.")
+    sampler_urls: str = Field(
+        "", description="Samplers that already run, comma-separated; the keeper then starts none."
+    )
+    sampler_data_dir: Path | None = Field(
+        None, description="The data directory as those samplers see it; default: under the same path."
+    )
+    vllm_python: Path | None = Field(
+        None, description="Python of vLLM's own environment; default: .venv-vllm/bin/python in the checkout."
+    )
+    vllm_tensor_parallel: int = Field(1, ge=1, description="GPUs that one vLLM server spans.")
+    vllm_data_parallel: int = Field(1, ge=1, description="vLLM servers per base model, each on GPUs of its own.")
+    vllm_gpu_memory: float | None = Field(
+        None, gt=0, lt=1, description="Share of a GPU's memory vLLM takes; default: 0.9, or 0.45 beside the trainer."
+    )
+    vllm_cpu_kv_gib: int = Field(2, ge=1, description="GiB for keys and values of a vLLM that runs on the CPU.")
+    vllm_args: str = Field("", description="More arguments for vLLM, as in a shell; they win over ours.")
     trainer_dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Compute type of the trainer.")
     threads: int = Field(0, ge=0, description="CPU threads of sampler and trainer; 0 = all cores.")
     max_concurrent_rollouts: int = Field(256, ge=1, description="Trajectories one job keeps in flight.")
@@ -108,6 +129,11 @@ class Settings(BaseSettings):
     def adapters_dir(self) -> Path:
         """Published adapter versions; must be visible to trainer and sampler under this same path."""
         return self.root / "adapters"
+
+    @property
+    def seen_root(self) -> Path:
+        """The data directory as samplers see it."""
+        return self.sampler_data_dir if self.sampler_data_dir is not None and self.sampler_urls else self.root
 
     @property
     def checkpoints_dir(self) -> Path:
