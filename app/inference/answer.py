@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from app.core.errors import ServiceError
 from app.core.ids import new_id
 from app.inference.request import Ask
 from app.inference.schemas import (
@@ -23,7 +24,10 @@ from app.inference.schemas import (
     Usage,
 )
 from app.inference.service import Answer
+from app.inference.stream import event
 from app.inference.turns import Choice
+
+DONE = b"data: [DONE]\n\n"
 
 
 def completion(ask: Ask, answer: Answer) -> ChatCompletion:
@@ -35,7 +39,7 @@ def completion(ask: Ask, answer: Answer) -> ChatCompletion:
         "choices": [_choice(index, choice) for index, choice in enumerate(answer.choices)],
         "usage": _usage(answer),
         "system_fingerprint": None,
-        "hone": _hone(answer),
+        "hone": hone(answer),
     }
 
 
@@ -56,11 +60,31 @@ def chunks(ask: Ask, answer: Answer) -> Iterator[ChatChunk]:
         for delta in _deltas(index, choice):
             chunk: ChatChunk = {**head, "choices": [delta]}
             if first:
-                chunk["hone"] = _hone(answer)
+                chunk["hone"] = hone(answer)
                 first = False
             yield chunk
     if ask.include_usage:
         yield {**head, "usage": _usage(answer)}
+
+
+class ChatEvents:
+    """A stream of chunks; nothing goes out before the answer is there."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    def head(self) -> Iterator[bytes]:
+        return iter(())
+
+    def body(self, answer: Answer) -> Iterator[bytes]:
+        for chunk in chunks(self._ask, answer):
+            yield event(chunk)
+        yield DONE
+
+    def failed(self, error: ServiceError) -> bytes:
+        """The envelope as an event: the SDK raises APIError for it."""
+        body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+        return event({"error": body})
 
 
 def _choice(index: int, choice: Choice) -> ChoiceOut:
@@ -97,7 +121,7 @@ def _usage(answer: Answer) -> Usage:
     }
 
 
-def _hone(answer: Answer) -> Hone:
+def hone(answer: Answer) -> Hone:
     return {
         "policy": answer.policy,
         "sampler": answer.sampler,

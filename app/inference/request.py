@@ -1,6 +1,7 @@
-"""A chat request as the service understands it: defaults filled in, rules between fields checked.
+"""A request as the service understands it, and how a chat request becomes one: defaults filled in, rules checked.
 
-Does not cover: the shape of single fields (`schemas`), whether the model exists (`resolution`), what fits (`service`).
+Does not cover: the shape of single fields (`schemas`), whether the model exists (`resolution`), what fits (`service`),
+and how `/v1/responses` says the same (`responses.request`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.errors import InvalidRequest
-from app.inference.schemas import INT64, ChatMessage, ChatRequest
+from app.inference.schemas import INT64, ChatMessage, ChatRequest, SamplingFields
 
 ChatDict = dict[str, Any]
 
@@ -30,9 +31,23 @@ class Sampling:
         return None if self.seed is None else (self.seed + choice) % INT64
 
 
+def sampling(fields: SamplingFields) -> Sampling:
+    return Sampling(
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_p=1.0 if fields.top_p is None else fields.top_p,
+        top_k=max(fields.top_k or 0, 0),
+        min_p=fields.min_p or 0.0,
+        repetition_penalty=fields.repetition_penalty or 1.0,
+        seed=fields.seed,
+    )
+
+
 @dataclass(frozen=True)
 class Ask:
-    """One checked request. `max_tokens` None: as much as fits. `tools` None: a tool call is plain text."""
+    """One checked request. `max_tokens` None: as much as fits. `tools` None: a tool call is plain text.
+
+    `root` and `places` are the fields of the request that the messages, and each of them, were read from.
+    """
 
     model: str
     messages: tuple[ChatDict, ...]
@@ -45,6 +60,15 @@ class Ask:
     logprobs: bool
     stream: bool
     include_usage: bool
+    root: str = "messages"
+    places: tuple[str, ...] = ()
+
+    def field(self, param: str) -> str:
+        """The caller's name of a path into the messages: `messages.2.content` may be `input.4.content` to him."""
+        first, *rest = param.split(".")
+        if first != "messages" or not self.places:
+            return param
+        return ".".join([self.places[int(rest[0])], *rest[1:]]) if rest else self.root
 
 
 def read(request: ChatRequest) -> Ask:
@@ -57,14 +81,7 @@ def read(request: ChatRequest) -> Ask:
         tools=tools if tools and request.tool_choice != "none" else None,
         parallel=request.parallel_tool_calls is not False,
         n=request.n or 1,
-        sampling=Sampling(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=max(request.top_k or 0, 0),
-            min_p=request.min_p or 0.0,
-            repetition_penalty=request.repetition_penalty or 1.0,
-            seed=request.seed,
-        ),
+        sampling=sampling(request),
         stop=tuple(request.stop or ()),
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=bool(request.logprobs),

@@ -27,18 +27,23 @@ MAX_TOOLS = 128
 INT64 = 2**63
 
 
-def _join_text_parts(content: Any) -> Any:
-    """A list of text parts becomes its text; whatever else a part may be, these models cannot see it."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if kind == "text" else part.get("refusal") if kind == "refusal" else None
-        if not isinstance(text, str):
-            raise ValueError(f"part {index} is not text; only parts of type 'text' are supported")
-        texts.append(text)
-    return "".join(texts)
+def text_of_parts(*kinds: str) -> BeforeValidator:
+    """A list of parts of these kinds becomes its text; whatever else a part may be, these models cannot see it."""
+
+    def join(content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        texts = []
+        for index, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            text = part.get("text") if kind in kinds else part.get("refusal") if kind == "refusal" else None
+            if not isinstance(text, str):
+                known = " and ".join(repr(each) for each in kinds)
+                raise ValueError(f"part {index} is not text; only parts of type {known} are supported")
+            texts.append(text)
+        return "".join(texts)
+
+    return BeforeValidator(join)
 
 
 def _unicode(text: str) -> str:
@@ -54,20 +59,19 @@ def _one_or_many(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-_TEXT_OR_PARTS = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-            },
+def text_or_parts(*kinds: str) -> WithJsonSchema:
+    """How `text_of_parts` reads in the contract."""
+    part = {
+        "type": "object",
+        "properties": {
+            "type": {"const": kinds[0]} if len(kinds) == 1 else {"enum": list(kinds)},
+            "text": {"type": "string"},
         },
-        {"type": "null"},
-    ]
-}
+        "required": ["type", "text"],
+    }
+    return WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": part}, {"type": "null"}]})
+
+
 _ONE_OR_MANY = {
     "anyOf": [
         {"type": "string"},
@@ -75,7 +79,7 @@ _ONE_OR_MANY = {
         {"type": "null"},
     ]
 }
-Text = Annotated[str | None, BeforeValidator(_join_text_parts), WithJsonSchema(_TEXT_OR_PARTS)]
+Text = Annotated[str | None, text_of_parts("text"), text_or_parts("text")]
 Unicode = Annotated[str, AfterValidator(_unicode)]
 Stops = Annotated[
     Annotated[list[Annotated[Unicode, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
@@ -84,22 +88,22 @@ Stops = Annotated[
 ]
 
 
-class _Lenient(BaseModel):
+class Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class CalledFunction(_Lenient):
+class CalledFunction(Lenient):
     name: str
     arguments: str = Field(description="JSON text.")
 
 
-class CalledTool(_Lenient):
+class CalledTool(Lenient):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(_Lenient):
+class ChatMessage(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text = None
     name: str | None = None
@@ -108,15 +112,9 @@ class ChatMessage(_Lenient):
     reasoning_content: str | None = None
 
 
-class FunctionSpec(_Lenient):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
+class AsSent(Lenient):
+    """Remembers the object as it came: formats print it whole, and training printed the row's, key order included."""
 
-
-class ToolSpec(_Lenient):
-    type: Literal["function"]
-    function: FunctionSpec
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
@@ -128,19 +126,43 @@ class ToolSpec(_Lenient):
 
     @property
     def sent(self) -> dict[str, Any]:
-        """The object as it came: formats print it whole, and training printed the row's, key order included."""
         return self._sent
 
 
-class ResponseFormat(_Lenient):
+class FunctionSpec(Lenient):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
+
+
+class ToolType(AsSent):
+    type: Literal["function"]
+
+
+class ToolSpec(ToolType):
+    function: FunctionSpec
+
+
+class ResponseFormat(Lenient):
     type: Literal["text"]
 
 
-class StreamOptions(_Lenient):
+class StreamOptions(Lenient):
     include_usage: bool | None = None
 
 
-class ChatRequest(_Lenient):
+class SamplingFields(Lenient):
+    """How tokens are drawn, in every kind of request; absent and null mean the plain distribution."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1: off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+
+
+class ChatRequest(SamplingFields):
     """`top_k`, `min_p` and `repetition_penalty` are extras: the SDK sends them through `extra_body`."""
 
     model: Unicode = Field(description="A base model, a fine-tuned model `ft:…`, or a checkpoint.")
@@ -149,15 +171,9 @@ class ChatRequest(_Lenient):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 and -1: off.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stop: Stops = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)

@@ -1,4 +1,4 @@
-"""Chat: render the messages, have the sampler continue the token ids, read what it wrote.
+"""Chat completions and responses: render the messages, have the sampler continue the token ids, read what it wrote.
 
 Does not cover: the wire (`schemas`, `answer`, `stream`). Rendering and parsing are those of the rollouts, so that a
 model is served in the format it was trained in; the sampler never sees text.
@@ -106,11 +106,11 @@ class ChatService:
         try:
             ids = await asyncio.to_thread(target.renderer.prompt, ask.messages, ask.tools)
         except MessageNotRenderable as error:
-            raise InvalidRequest(error.reason, param=error.param) from error
+            raise InvalidRequest(error.reason, param=ask.field(error.param)) from error
         context = min(target.base.context, self._max_model_len)
         room = context - len(ids)
         if room < 1:
-            raise _too_long(context, len(ids))
+            raise _too_long(context, len(ids), ask)
         return Prompt(ask, target, ids, min(ask.max_tokens or DEFAULT_MAX_TOKENS, room))
 
     async def _sample(self, prompt: Prompt) -> Answer:
@@ -136,7 +136,7 @@ class ChatService:
                     "a sampler failed a chat request", extra={"ctx": {"model": target.base.id, "error": failure}}
                 )
             except SamplerRejected as error:
-                raise _rejected(error) from error
+                raise _rejected(error, prompt.ask) from error
             except SamplerError as error:
                 raise SamplingFailed(f"The sampler did not answer as agreed: {error}", code="sampler_failed") from error
         raise Unavailable(
@@ -195,18 +195,18 @@ class ChatService:
         )
 
 
-def _too_long(context: int, tokens: int) -> InvalidRequest:
+def _too_long(context: int, tokens: int, ask: Ask) -> InvalidRequest:
     return InvalidRequest(
         f"This model's context is {context} tokens and the messages are {tokens}; shorten them.",
-        param="messages",
+        param=ask.field("messages"),
         code="context_length_exceeded",
     )
 
 
-def _rejected(error: SamplerRejected) -> ServiceError:
+def _rejected(error: SamplerRejected, ask: Ask) -> ServiceError:
     """The sampler's 400 is the caller's where it names a field of the caller; else it is ours, or NaN weights."""
     if error.param == "input_tokens":
-        return InvalidRequest(str(error), param="messages", code="context_length_exceeded")
+        return InvalidRequest(str(error), param=ask.field("messages"), code="context_length_exceeded")
     if error.param in ("max_tokens", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         return InvalidRequest(str(error), param=error.param)
     return SamplingFailed(f"The sampler refused the request: {error}", code="sampler_rejected")

@@ -1,7 +1,8 @@
 """Server-sent events over an answer that comes in one piece, and the end of the work when its client has gone.
 
-Does not cover: what the chunks hold (`answer`). The sampler protocol we use has no streaming, so the answer is sampled
-whole and then sent in order; until then a comment every few seconds keeps proxies and clients from hanging up.
+Does not cover: what the events hold (`answer`, `responses.answer`). The sampler protocol we use has no streaming: an
+answer is sampled whole, so that a sampler lost half way is replaced before the client has read a word, and then sent in
+order; until then a comment every few seconds keeps proxies and clients from hanging up.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from app.core.errors import ServiceError
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 KEEP_ALIVE_S = 10.0
 KEEP_ALIVE = b": waiting for the sampler\n\n"
-DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(ServiceError):
@@ -27,14 +28,23 @@ class ClientGone(ServiceError):
     default_code = "client_closed_request"
 
 
-def event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+class Wire(Protocol[T_contra]):
+    """How one kind of request is answered in events."""
+
+    def head(self) -> Iterable[bytes]:
+        """What is said before the answer is there."""
+        ...
+
+    def body(self, answer: T_contra) -> Iterable[bytes]: ...
+
+    def failed(self, error: ServiceError) -> bytes:
+        """The one event that ends a stream whose answer never came."""
+        ...
 
 
-def error_event(error: ServiceError) -> bytes:
-    """The envelope as an event: the SDK raises APIError for it."""
-    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return event({"error": body})
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return ((f"event: {name}\n" if name else "") + f"data: {text}\n\n").encode()
 
 
 async def first_look(work: asyncio.Task[T], gone: Callable[[], Awaitable[object]], *, wait_s: float | None) -> bool:
@@ -55,14 +65,14 @@ async def first_look(work: asyncio.Task[T], gone: Callable[[], Awaitable[object]
         watch.cancel()
 
 
-async def events(
-    work: asyncio.Task[T], chunks: Callable[[T], Iterable[Mapping[str, Any]]], *, keep_alive_s: float = KEEP_ALIVE_S
-) -> AsyncIterator[bytes]:
-    """Comments until `work` is done, then its chunks and `[DONE]`; a failure is an error event and the end.
+async def events(work: asyncio.Task[T], wire: Wire[T], *, keep_alive_s: float = KEEP_ALIVE_S) -> AsyncIterator[bytes]:
+    """The head, comments until `work` is done, then its body; a failure is an error event and the end.
 
     Closing the iterator, as the server does when the client leaves, cancels the work.
     """
     try:
+        for chunk in wire.head():
+            yield chunk
         while not work.done():
             await asyncio.wait({work}, timeout=keep_alive_s)
             if not work.done():
@@ -70,10 +80,9 @@ async def events(
         try:
             result = await work
         except ServiceError as error:
-            yield error_event(error)
+            yield wire.failed(error)
             return
-        for chunk in chunks(result):
-            yield event(chunk)
-        yield DONE
+        for chunk in wire.body(result):
+            yield chunk
     finally:
         work.cancel()

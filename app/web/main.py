@@ -93,5 +93,5 @@ def _v1() -> APIRouter:
     v1.include_router(checkpoints, tags=["Fine-tuning"])
     v1.include_router(rollouts, tags=["Rollouts"])
     v1.include_router(models, tags=["Models"])
-    v1.include_router(inference, tags=["Chat"])
+    v1.include_router(inference)
     return v1

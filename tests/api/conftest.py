@@ -22,10 +22,16 @@ from openai import AsyncOpenAI, OpenAI
 from app.core.settings import Settings
 from app.db import migrate
 from app.db.engine import Database
+from app.db.tables import Checkpoint, Job, Sampler
+from app.rendering.registry import load_renderer
+from app.rendering.tokens import TextTokenizer
 from app.web.main import create_app
+from tests.api.fake_sampler import FakeSampler, serving
 from tests.api.live_server import LiveServer, create_key
+from tests.unit.inference.model import make_byte_model
 
 START_S = 20.0
+TUNED = "ft:bytes:org-hone:shop:abc"
 
 
 @pytest.fixture
@@ -103,3 +109,54 @@ async def database(live_server: LiveServer) -> AsyncIterator[Database]:
     made = Database(live_server.settings.database)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def silent(settings: Settings, live_server: LiveServer) -> Iterator[FakeSampler]:
+    """A sampler that runs and that nobody has registered."""
+    base = make_byte_model(settings.models_dir / "bytes")
+    encode = TextTokenizer.load(base.path, name=base.id).encode
+    with serving(FakeSampler("bytes", encode, load_renderer(base).stop_token_ids[0])) as made:
+        yield made
+
+
+@pytest.fixture
+async def sampler(silent: FakeSampler, database: Database) -> FakeSampler:
+    async with database.begin() as session:
+        session.add(
+            Sampler(
+                id="smp-1",
+                project_id="proj_default",
+                base_model="bytes",
+                url=silent.url,
+                host="here",
+                adapter_root="/adapters",
+                max_loras=2,
+                info={},
+                started_at=time.time(),
+                heartbeat=time.time() + 3600,
+            )
+        )
+    return silent
+
+
+@pytest.fixture
+async def tuned(database: Database) -> str:
+    """A finished job with two checkpoints; the name of its result."""
+    common = {"project_id": "proj_default", "created_at": 1.0}
+    async with database.begin() as session:
+        session.add(
+            Job(
+                id="ftjob-1", status="succeeded", model="bytes", training_file="file-1", seed=1, method={}, options={},
+                fine_tuned_model=TUNED, **common,
+            )
+        )  # fmt: skip
+        await session.flush()
+        for step in (4, 8):
+            session.add(
+                Checkpoint(
+                    id=f"ckpt-{step}", job_id="ftjob-1", step=step, attempt=1, name=f"{TUNED}:ckpt-step-{step}",
+                    base_model="bytes", path=f"/adapters/{step}", sha256="0", metrics={}, **common,
+                )
+            )  # fmt: skip
+    return TUNED

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -18,69 +16,15 @@ from openai import AsyncOpenAI, OpenAI
 
 from app.core.settings import Settings
 from app.db.engine import Database
-from app.db.tables import Checkpoint, Job, Sampler
 from app.models.catalogue import Catalogue
 from app.rendering.registry import load_renderer
-from app.rendering.tokens import TextTokenizer
 from app.samplers.repository import wants
-from tests.api.fake_sampler import FakeSampler, error, serving
+from tests.api.fake_sampler import FakeSampler, error
 from tests.api.live_server import LiveServer
-from tests.unit.inference.model import CALL, CONTEXT, LOOKUP, make_byte_model
+from tests.unit.inference.model import CALL, CONTEXT, LOOKUP
 
 MESSAGES: Any = [{"role": "user", "content": "How much is the hat?"}]
 TOOLS: Any = [LOOKUP]
-TUNED = "ft:bytes:org-hone:shop:abc"
-
-
-@pytest.fixture
-def silent(settings: Settings, live_server: LiveServer) -> Iterator[FakeSampler]:
-    """A sampler that runs and that nobody has registered."""
-    base = make_byte_model(settings.models_dir / "bytes")
-    encode = TextTokenizer.load(base.path, name=base.id).encode
-    with serving(FakeSampler("bytes", encode, load_renderer(base).stop_token_ids[0])) as made:
-        yield made
-
-
-@pytest.fixture
-async def sampler(silent: FakeSampler, database: Database) -> FakeSampler:
-    async with database.begin() as session:
-        session.add(
-            Sampler(
-                id="smp-1",
-                project_id="proj_default",
-                base_model="bytes",
-                url=silent.url,
-                host="here",
-                adapter_root="/adapters",
-                max_loras=2,
-                info={},
-                started_at=time.time(),
-                heartbeat=time.time() + 3600,
-            )
-        )
-    return silent
-
-
-@pytest.fixture
-async def tuned(database: Database) -> str:
-    """A finished job with two checkpoints; the name of its result."""
-    common = {"project_id": "proj_default", "created_at": 1.0}
-    async with database.begin() as session:
-        session.add(
-            Job(
-                id="ftjob-1", status="succeeded", model="bytes", training_file="file-1", seed=1, method={}, options={},
-                fine_tuned_model=TUNED, **common,
-            )
-        )  # fmt: skip
-        await session.flush()
-        for step in (4, 8):
-            session.add(
-                Checkpoint(
-                    id=f"ckpt-{step}", job_id="ftjob-1", step=step, attempt=1, name=f"{TUNED}:ckpt-step-{step}",
-                    base_model="bytes", path=f"/adapters/{step}", sha256="0", metrics={}, **common,
-                )
-            )  # fmt: skip
-    return TUNED
 
 
 def prompt_of(settings: Settings, messages: Any, tools: Any = None) -> list[int]:

@@ -1,17 +1,30 @@
 """Events in order, comments while waiting, and nothing left running when the client has gone.
 
-Does not cover: real sockets (`tests/api/test_chat_stream`).
+Does not cover: real sockets (`tests/api/test_chat`, `tests/api/test_responses`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import Iterator
 
 import pytest
 
-from app.core.errors import Unavailable
-from app.inference.stream import DONE, KEEP_ALIVE, ClientGone, events, first_look
+from app.core.errors import ServiceError, Unavailable
+from app.inference.stream import KEEP_ALIVE, ClientGone, event, events, first_look
+
+
+class Words:
+    """Says hello first, then the answer."""
+
+    def head(self) -> Iterator[bytes]:
+        yield event({"text": "hello"}, name="greeting")
+
+    def body(self, found: str) -> Iterator[bytes]:
+        yield event({"text": found})
+
+    def failed(self, error: ServiceError) -> bytes:
+        return event({"failed": error.code})
 
 
 async def never() -> None:
@@ -20,23 +33,22 @@ async def never() -> None:
 
 async def test_comments_come_until_the_answer_is_there() -> None:
     work = asyncio.create_task(asyncio.sleep(0.05, "answer"))
-    sent = [chunk async for chunk in events(work, lambda found: [{"text": found}], keep_alive_s=0.02)]
-    assert sent[0] == KEEP_ALIVE
-    assert sent[-2:] == [b'data: {"text":"answer"}\n\n', DONE]
+    sent = [chunk async for chunk in events(work, Words(), keep_alive_s=0.02)]
+    assert sent[:2] == [b'event: greeting\ndata: {"text":"hello"}\n\n', KEEP_ALIVE]
+    assert sent[-1] == b'data: {"text":"answer"}\n\n'
 
 
-async def test_a_late_failure_is_an_error_event_and_no_done() -> None:
+async def test_a_late_failure_is_one_event_and_the_end() -> None:
     async def fail() -> str:
         raise Unavailable("no sampler", code="no_sampler")
 
-    sent = [chunk async for chunk in events(asyncio.create_task(fail()), lambda found: [])]
-    assert len(sent) == 1
-    assert json.loads(sent[0].removeprefix(b"data: "))["error"]["code"] == "no_sampler"
+    sent = [chunk async for chunk in events(asyncio.create_task(fail()), Words())]
+    assert sent[1:] == [b'data: {"failed":"no_sampler"}\n\n']
 
 
 async def test_closing_the_stream_cancels_the_work() -> None:
     work = asyncio.create_task(never())
-    stream = events(work, lambda found: [], keep_alive_s=0.001)
+    stream = events(work, Words(), keep_alive_s=0.001)
     await anext(stream)
     await stream.aclose()
     with pytest.raises(asyncio.CancelledError):
