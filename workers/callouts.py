@@ -199,7 +199,7 @@ def validation_falls(seen: Seen) -> Finding | None:
 def truncated_too_often(seen: Seen) -> Finding | None:
     graded = sum(facts.graded for facts in seen.recent())
     share = sum(facts.truncated for facts in seen.recent()) / graded if graded else 0.0
-    if share <= seen.at.truncated:
+    if graded < seen.at.enough or share <= seen.at.truncated:
         return None
     text = f"{percent(share)} of {graded:.0f} rollouts were cut at a limit, which then shapes the reward"
     return Finding(share, text, {"truncated_share": share})
@@ -208,10 +208,11 @@ def truncated_too_often(seen: Seen) -> Finding | None:
 def rollouts_fail(seen: Seen) -> Finding | None:
     window = [facts for facts in seen.recent() if facts.started]
     shares = [sum(facts.discarded.values()) / facts.started for facts in window]
-    if len(shares) < seen.at.recent or min(shares) <= seen.at.errored:
+    started = sum(facts.started for facts in window)
+    if started < seen.at.enough or len(shares) < seen.at.recent or min(shares) <= seen.at.errored:
         return None
     counts = sum((Counter(facts.discarded) for facts in window), Counter[str]())
-    share = counts.total() / sum(facts.started for facts in window)
+    share = counts.total() / started
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     example = next((f'; most often: "{facts.rejection[0]}"' for facts in reversed(window) if facts.rejection), "")
     text = f"{percent(share)} of the rollouts of the last {len(window)} steps were discarded ({states}){example}"
@@ -243,7 +244,7 @@ def tool_refuses(seen: Seen) -> Finding | None:
         for name, (called, failed) in facts.tools.items():
             calls[name] += round(called)
             errors[name] += round(failed)
-    shares = {name: errors[name] / calls[name] for name in calls if calls[name] >= seen.at.refused_calls}
+    shares = {name: errors[name] / calls[name] for name in calls if calls[name] >= seen.at.enough}
     worst = max(shares, key=lambda name: shares[name], default=None)
     if worst is None or shares[worst] < seen.at.refused:
         return None

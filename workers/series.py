@@ -46,7 +46,7 @@ class Thresholds:
     slow_history: int = 5  # steps that make a median
     repeated: int = 20  # the same rejection in a row
     refused: float = 0.5  # of a tool's calls
-    refused_calls: int = 20
+    enough: int = 20  # rollouts or calls, below which a share says nothing
 
 
 def number(data: Mapping[str, Any], *path: str) -> float | None:

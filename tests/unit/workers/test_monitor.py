@@ -184,6 +184,30 @@ def test_a_resumed_monitor_goes_on_as_if_it_had_never_stopped() -> None:
         assert rest == [entry for entry in whole if entry[0] > cut]
 
 
+def test_either_kind_of_mask_is_too_much_on_its_own() -> None:
+    tokens = steps(lambda s: {"policy.masked_token_share": 0.06, "policy.staleness_mean": 0.0})
+    assert {rule for _, rule, _ in raised(tokens)} == {"masked_too_much"}
+
+
+def test_tokens_that_became_unlikely_are_out_of_range_too() -> None:
+    unlikely = steps(lambda s: {"policy.importance_p01": 0.3})
+    assert {rule for _, rule, _ in raised(unlikely)} == {"importance_out_of_range"}
+
+
+def test_growth_within_the_noise_of_the_arithmetic_is_silent() -> None:
+    def tiny(step: int) -> dict[str, Any]:
+        depths = {f"policy.mismatch_kl_depth_{depth}": 1e-7 * 10**depth for depth in range(3)}
+        early = step < 8
+        return {"policy.mismatch_kl": 1e-8 if early else 5e-6, "policy.entropy": 1e-3 if early else 1e-2, **depths}
+
+    assert raised(steps(tiny)) == []
+
+
+def test_a_share_of_a_handful_says_nothing() -> None:
+    few = {"rollouts.started": 4, "rollouts.graded": 3, "rollouts.truncated": 2}
+    assert raised(steps(lambda s: {**few, "rollouts.discarded": {"tool_failed": 1}}, 4)) == []
+
+
 def test_one_bad_step_is_not_a_sustained_fault() -> None:
     burst = steps(lambda s: {"rollouts.discarded": {"tool_failed": 30} if s == 6 else {}})
     assert raised(burst) == []
