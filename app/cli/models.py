@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +38,7 @@ def pull(
     except (ModelError, RenderingError) as error:
         raise CommandFailed(str(error)) from None
     _note(f"{model.id} is in {model.path} (licence: {model.licence})")
+    _warn(model.path)
 
 
 @commands.command("add")
@@ -70,12 +72,13 @@ def add(
     except (ModelError, RenderingError) as error:
         raise CommandFailed(str(error)) from None
     _note(f"{model.id} is in {model.path}, renderer {model.renderer}, context {model.context}")
+    _warn(model.path)
 
 
 @commands.command("list")
 def list_models(data: Data = None, as_json: Json = False) -> None:
     """The models that a job can name."""
-    from app.models.catalogue import Catalogue
+    from app.models.catalogue import Catalogue, read_check
 
     models = Catalogue(load_settings(data).models_dir).list()
     if as_json:
@@ -87,6 +90,7 @@ def list_models(data: Data = None, as_json: Json = False) -> None:
                 "context": model.context,
                 "licence": model.licence,
                 "hub_id": model.hub_id,
+                "check": dict(read_check(model.path)),
             }
             for model in models
         ]
@@ -95,10 +99,56 @@ def list_models(data: Data = None, as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("id", "renderer", "context", "licence", "from", box=None)
+    table = Table("id", "renderer", "history", "context", "licence", "from", box=None)
     for model in models:
-        table.add_row(model.id, model.renderer, str(model.context), model.licence, model.hub_id or "a local directory")
+        history = _history(read_check(model.path))
+        source = model.hub_id or "a local directory"
+        table.add_row(model.id, model.renderer, history, str(model.context), model.licence, source)
     Console().print(table if models else "No model yet: hone models pull smollm2-135m-instruct")
+
+
+@commands.command("show")
+def show_model(
+    name: Annotated[str, typer.Argument(help="A base model of this installation.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """One model: its format, and what the check at registration found."""
+    from app.models.catalogue import Catalogue, ModelError, read_check
+
+    try:
+        model = Catalogue(load_settings(data).models_dir).get(name)
+        check = dict(read_check(model.path))
+    except ModelError as error:
+        raise CommandFailed(str(error)) from None
+    if as_json:
+        facts = {**vars(model), "path": str(model.path), "check": check}
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    lines = [
+        f"{model.id}: renderer {model.renderer}, context {model.context}, licence {model.licence}",
+        f"token history: {_history(check)}",
+        *(f"  {case}: {state}" for case, state in (check.get("cases") or {}).items()),
+        *(f"differs: {line}" for line in check.get("differs") or ()),
+        *(f"warning: {line}" for line in check.get("warnings") or ()),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _history(check: Mapping[str, Any]) -> str:
+    """The check in a word: whether token ids are only ever extended, and whether a whole render agrees."""
+    if not check:
+        return "not checked"
+    if check.get("append_only"):
+        return "exact"
+    return "bridged" if check.get("bridges") else "new roots"
+
+
+def _warn(directory: Path) -> None:
+    from app.models.catalogue import read_check
+
+    for line in read_check(directory).get("warnings") or ():
+        _note(f"warning: {line}")
 
 
 def _note(line: str) -> None:

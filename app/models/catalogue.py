@@ -85,9 +85,7 @@ class Catalogue:
 
     def check(self, model_id: str) -> Mapping[str, Any]:
         """The result of the append-only check made at registration (`app.rendering.check`)."""
-        card = _load(self.get(model_id).path)
-        result = card.get("check")
-        return result if isinstance(result, dict) else {}
+        return read_check(self.get(model_id).path)
 
 
 def read_card(directory: Path) -> BaseModel:
@@ -116,6 +114,12 @@ def read_card(directory: Path) -> BaseModel:
     if missing:
         raise BrokenModel(f"{directory}: {', '.join(missing)} not there; remove the directory and pull the model again")
     return model
+
+
+def read_check(directory: Path) -> Mapping[str, Any]:
+    """What the check at registration found; empty for a card without one. Raises BrokenModel."""
+    result = _load(directory).get("check")
+    return result if isinstance(result, dict) else {}
 
 
 def write_card(directory: Path, model: BaseModel, check: Mapping[str, Any]) -> None:

@@ -10,6 +10,30 @@ from typing import Literal
 import pydantic
 
 
+class HistoryCheck(pydantic.BaseModel):
+    """How the chat format treats a history that goes on; found once, when the model was registered."""
+
+    append_only: bool | None = pydantic.Field(
+        None, description="Every tool turn extends the token ids to what a render of the whole conversation gives."
+    )
+    bridges: bool | None = pydantic.Field(
+        None, description="Every tool turn extends the token ids; false: rollouts may start new roots."
+    )
+    control_tokens_inert: bool | None = pydantic.Field(None, description="Text in messages cannot close a turn.")
+    cases: dict[str, Literal["exact", "bridged", "new_root", "refused"]] = {}
+    differs: list[str] = []
+    warnings: list[str] = []
+
+
+class BaseModelFacts(pydantic.BaseModel):
+    """What this service knows about a base model, beyond OpenAI's object."""
+
+    renderer: str
+    context: int
+    licence: str
+    history: HistoryCheck
+
+
 class ModelObject(pydantic.BaseModel):
     """A base model, a fine-tuned model or a checkpoint: whatever `model` may be in a chat request."""
 
@@ -17,6 +41,7 @@ class ModelObject(pydantic.BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    hone: BaseModelFacts | None = pydantic.Field(None, description="Of base models only.")
 
 
 class ModelList(pydantic.BaseModel):

@@ -11,9 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import NotFound
 from app.models import repository
-from app.models.catalogue import BaseModel, BrokenModel, Catalogue, UnknownModel
+from app.models.catalogue import BaseModel, BrokenModel, Catalogue, UnknownModel, read_check
 from app.models.repository import Tuned
-from app.models.schemas import ModelObject
+from app.models.schemas import BaseModelFacts, HistoryCheck, ModelObject
 
 SYSTEM = "system"
 
@@ -22,9 +22,9 @@ async def listed(
     session: AsyncSession, catalogue: Catalogue, project_id: str, organization_id: str
 ) -> list[ModelObject]:
     """Base models by id, then tuned ones, newest first."""
-    bases = await asyncio.to_thread(catalogue.list)
+    bases = await asyncio.to_thread(lambda: [_base(model) for model in catalogue.list()])
     tuned = await repository.tuned(session, project_id)
-    return [_base(model) for model in bases] + [_tuned(entry, organization_id) for entry in tuned]
+    return bases + [_tuned(entry, organization_id) for entry in tuned]
 
 
 async def find(
@@ -32,7 +32,7 @@ async def find(
 ) -> ModelObject:
     """Raises NotFound (`model_not_found`)."""
     try:
-        return _base(await asyncio.to_thread(catalogue.get, name))
+        return await asyncio.to_thread(lambda: _base(catalogue.get(name)))
     except UnknownModel:
         entries = await repository.tuned(session, project_id, name)
     except BrokenModel as error:
@@ -45,7 +45,13 @@ async def find(
 
 
 def _base(model: BaseModel) -> ModelObject:
-    return ModelObject(id=model.id, created=model.created, owned_by=SYSTEM)
+    facts = BaseModelFacts(
+        renderer=model.renderer,
+        context=model.context,
+        licence=model.licence,
+        history=HistoryCheck.model_validate(read_check(model.path)),
+    )
+    return ModelObject(id=model.id, created=model.created, owned_by=SYSTEM, hone=facts)
 
 
 def _tuned(entry: Tuned, organization_id: str) -> ModelObject:

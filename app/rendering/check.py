@@ -1,71 +1,130 @@
 """Does a renderer only ever append? Run once when a model is registered; the result stands in its `hone.json`.
 
 Does not cover: what a model really samples (a turn whose text the format would write differently is still kept
-verbatim by the bridge). A renderer that fails here renders, but its rollouts would not be what a later re-render of
-the messages gives.
+verbatim by the bridge), and ids in a rollout, which are checked call by call (`workers.rollouts.calls`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+from app.rendering import conversations
 from app.rendering.protocol import ChatRenderer, Message, RenderingError, Tool
 
-TOOLS: tuple[Tool, ...] = (
-    {
-        "type": "function",
-        "function": {
-            "name": "lookup",
-            "description": "Get the price of an item in dollars.",
-            "parameters": {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]},
-        },
-    },
-)
+TOOLS: tuple[Tool, ...] = (conversations.LOOKUP,)
+
+
+class History(StrEnum):
+    """What becomes of the ids of a conversation when it goes on. From best to worst."""
+
+    EXACT = "exact"  # they are extended, and the whole conversation renders to the same ids
+    BRIDGED = "bridged"  # they are extended; a render of the whole conversation differs
+    NEW_ROOT = "new_root"  # they cannot be extended: the next turn starts from a fresh render
+    REFUSED = "refused"  # the format cannot write such messages at all
 
 
 @dataclass(frozen=True)
 class AppendOnly:
-    """`holds`: every bridged prompt equals the full render. `inert`: message text cannot close a turn.
+    """`cases`: by kind of conversation. `inert`: message text cannot close a turn. `differs`: where, a line each."""
 
-    `differs` says where they differ, one line per turn.
-    """
-
-    holds: bool
+    cases: Mapping[str, History]
     inert: bool
     differs: tuple[str, ...]
 
+    @property
+    def bridges(self) -> bool:
+        """Every tool turn extends the ids: rollouts have one root."""
+        return not self._rollouts(History.NEW_ROOT)
+
+    @property
+    def holds(self) -> bool:
+        """Every tool turn extends the ids to what the whole conversation renders to."""
+        return self.bridges and not self._rollouts(History.BRIDGED)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What it means for an operator, worst first; empty when all is well."""
+        found = []
+        if roots := self._rollouts(History.NEW_ROOT):
+            found.append(
+                f"this format cannot extend a history with {_and(roots)}: each such turn starts a new root. Rollouts "
+                "are still trained on exactly what was sampled, but every turn is prefilled from its start"
+            )
+        if changed := self._rollouts(History.BRIDGED):
+            found.append(
+                f"with {_and(changed)} a whole render differs from what was sampled: rollouts keep the sampled ids, a "
+                "chat client that sends its history again is served another prompt than the model was trained on"
+            )
+        if refused := self._rollouts(History.REFUSED):
+            found.append(f"this format cannot write {_and(refused)}")
+        if not self.inert:
+            found.append("text in rows and tool replies can spell this format's control tokens: it could end a turn")
+        return tuple(found)
+
+    def _rollouts(self, state: History) -> list[str]:
+        return [name for name in conversations.ROLLOUTS if self.cases.get(name) is state]
+
     def as_dict(self) -> dict[str, Any]:
-        return {"append_only": self.holds, "control_tokens_inert": self.inert, "differs": list(self.differs)}
+        return {
+            "append_only": self.holds,
+            "bridges": self.bridges,
+            "control_tokens_inert": self.inert,
+            "cases": {name: state.value for name, state in self.cases.items()},
+            "differs": list(self.differs),
+            "warnings": list(self.warnings),
+        }
 
 
 def check_append_only(renderer: ChatRenderer) -> AppendOnly:
-    """Render a conversation with two tool turns as a whole and by bridges. Raises RenderingError."""
+    """Render conversations of several kinds as a whole and by bridges. Raises RenderingError if none renders."""
+    renderer.prompt([{"role": "user", "content": "Hello."}], TOOLS)
+    cases: dict[str, History] = {}
     differs: list[str] = []
-    conversation = _conversation()
-    previous = renderer.prompt(conversation[:2], TOOLS)
-    for turn, end in enumerate((4, 6), start=1):
-        whole = renderer.prompt(conversation[:end], TOOLS)
-        difference = _compare(renderer, previous, whole, conversation[end - 1])
-        if difference is not None:
-            differs.append(f"tool turn {turn}: {difference}")
-        previous = whole
-    return AppendOnly(holds=not differs, inert=_is_inert(renderer), differs=tuple(differs))
+    for name, conversation in conversations.ALL.items():
+        state, differences = _history(renderer, conversation)
+        cases[name] = state
+        differs += [f"{name}, {difference}" for difference in differences]
+    return AppendOnly(cases=cases, inert=_is_inert(renderer), differs=tuple(differs))
 
 
-def _compare(renderer: ChatRenderer, previous: list[int], whole: list[int], reply: Message) -> str | None:
-    if whole[: len(previous)] != previous:
-        return f"the render of the history changes: {_first_difference(renderer, previous, whole)}"
-    rest = whole[len(previous) :]
-    end = next((i + 1 for i, token in enumerate(rest) if token in renderer.stop_token_ids), None)
+def _history(renderer: ChatRenderer, conversation: Sequence[Message]) -> tuple[History, list[str]]:
+    spoken = [index for index, message in enumerate(conversation) if message["role"] == "assistant"]
+    ends = [*spoken[1:], len(conversation)]
+    worst, differences = History.EXACT, []
+    try:
+        previous = renderer.prompt(conversation[: spoken[0]], TOOLS)
+        for turn, (at, end) in enumerate(zip(spoken, ends, strict=True), start=1):
+            whole = renderer.prompt(conversation[:end], TOOLS)
+            state, why = _compare(renderer, previous, whole, conversation[at + 1 : end])
+            if state is not History.EXACT:
+                differences.append(f"turn {turn}: {why}")
+                worst = History.NEW_ROOT if History.NEW_ROOT in (state, worst) else state
+            previous = whole
+    except RenderingError as error:
+        return History.REFUSED, [*differences, str(error)]
+    return worst, differences
+
+
+def _compare(
+    renderer: ChatRenderer, previous: list[int], whole: list[int], replies: Sequence[Message]
+) -> tuple[History, str]:
+    rest = whole[len(previous) :] if whole[: len(previous)] == previous else None
+    end = next((i + 1 for i, token in enumerate(rest or ()) if token in renderer.stop_token_ids), None)
+    # Where the render cannot say what was sampled, any token and a stop will do to see whether the bridge holds.
+    said = rest[:end] if rest is not None and end is not None else [previous[0], renderer.stop_token_ids[0]]
+    bridged = renderer.bridge(previous, said, replies, TOOLS)
+    if bridged is None or bridged[: len(previous) + len(said)] != previous + said:
+        return History.NEW_ROOT, "the renderer refuses to bridge it"
+    if rest is None:
+        return History.BRIDGED, f"the render of the history changes: {_first_difference(renderer, previous, whole)}"
     if end is None:
-        return "the assistant turn has no stop token in the render"
-    bridged = renderer.bridge(previous, rest[:end], [reply], TOOLS)
-    if bridged is None:
-        return "the renderer refuses to bridge a tool reply"
+        return History.BRIDGED, "the assistant turn has no stop token in the render"
     if bridged != whole:
-        return f"bridge and render differ: {_first_difference(renderer, bridged, whole)}"
-    return None
+        return History.BRIDGED, f"bridge and render differ: {_first_difference(renderer, bridged, whole)}"
+    return History.EXACT, ""
 
 
 def _first_difference(renderer: ChatRenderer, left: list[int], right: list[int]) -> str:
@@ -86,20 +145,5 @@ def _is_inert(renderer: ChatRenderer) -> bool:
     return plain == attempt
 
 
-def _conversation() -> list[Message]:
-    def call(number: int, item: str) -> Message:
-        function = {"name": "lookup", "arguments": f'{{"item": "{item}"}}'}
-        return {"role": "assistant", "content": None, "tool_calls": [
-            {"id": f"call_{number}", "type": "function", "function": function}]}  # fmt: skip
-
-    def reply(number: int, text: str) -> Message:
-        return {"role": "tool", "tool_call_id": f"call_{number}", "name": "lookup", "content": text}
-
-    return [
-        {"role": "system", "content": "Answer with the tools."},
-        {"role": "user", "content": "How much are the brown hat and the pink scarf?"},
-        call(1, "brown hat"),
-        reply(1, "84"),
-        call(2, "pink scarf"),
-        reply(2, "31"),
-    ]
+def _and(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" or {names[-1]}" if len(names) > 1 else names[0]

@@ -72,7 +72,12 @@ class RolloutObject(BaseModel):
 class RolloutWithTrace(RolloutObject):
     """One rollout and all that was recorded of it; `trace_error` says why a finished one has no trace any more."""
 
-    trace: dict[str, Any] | None
+    trace: dict[str, Any] | None = Field(
+        description="`messages`; `tokens` (`ids`, `mask` 1 = sampled, `log_probs`), all segments joined; `segments`: "
+        "the parts of `tokens` that are one training row each, and the turn whose ids it begins with (`parent`, null: "
+        "a root); `turns`: the `version`, `model` and `sampler` that served tokens `start` to `end` of their `segment`;"
+        " `tool_calls`; `grade`."
+    )
     trace_error: str | None
 
     @classmethod

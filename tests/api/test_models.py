@@ -12,6 +12,7 @@ from openai import OpenAI
 from app.db.engine import Database
 from app.db.tables import Checkpoint, Job
 from tests.api.live_server import LiveServer
+from tests.tiny import make_weightless_llama
 
 TUNED = "ft:tiny:hone::abcdefgh"
 
@@ -89,6 +90,17 @@ async def test_a_model_is_found_by_a_name_with_colons_and_slashes(
     await _finish_job(database, name)
     for wanted in ("tiny", name, f"{name}:ckpt-step-3"):
         assert client.models.retrieve(wanted).id == wanted
+
+
+async def test_a_base_model_says_how_its_format_treats_a_history(client: OpenAI, live_server: LiveServer) -> None:
+    make_weightless_llama(live_server.settings.models_dir / "checked")
+    _install(live_server, "old")
+    checked, old = (client.models.retrieve(name).to_dict()["hone"] for name in ("checked", "old"))
+    assert isinstance(checked, dict)
+    assert isinstance(old, dict)
+    assert (checked["renderer"], checked["history"]["append_only"]) == ("hermes", True)
+    assert checked["history"]["cases"]["unicode"] == "exact"
+    assert (old["history"]["append_only"], old["history"]["cases"]) == (None, {})
 
 
 @pytest.mark.parametrize("name", ["nope", "ft:tiny:other::zzz", "org/none", "ft:"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from app.security.api_keys import well_formed
+from tests.tiny import make_weightless_llama
 
 HEAVY = {
     "torch",
@@ -106,6 +107,16 @@ def test_an_unknown_model_name_says_what_would_work(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "smollm2-135m-instruct" in done.stderr
     assert json.loads(hone("models", "list", "--json", data=tmp_path).stdout) == []
+
+
+def test_a_model_is_shown_with_what_its_check_found(tmp_path: Path) -> None:
+    make_weightless_llama(tmp_path / "models" / "tiny")
+    shown = hone("models", "show", "tiny", data=tmp_path).stdout
+    assert "token history: exact" in shown
+    assert "parallel calls: exact" in shown
+    assert json.loads(hone("models", "show", "tiny", "--json", data=tmp_path).stdout)["check"]["append_only"] is True
+    assert "exact" in hone("models", "list", data=tmp_path).stdout
+    assert hone("models", "show", "none", data=tmp_path).returncode == 1
 
 
 def test_a_data_directory_that_cannot_be_made_is_an_error_with_a_fix(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ def test_models_are_listed_by_id_and_read_back_whole(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path)
     assert [model.id for model in catalogue.list()] == ["a", "b"]
     assert catalogue.get("a") == made[1]
-    assert catalogue.check("a") == {"append_only": True, "control_tokens_inert": True, "differs": []}
+    check = catalogue.check("a")
+    assert (check["append_only"], check["control_tokens_inert"], check["warnings"]) == (True, True, [])
+    assert check["cases"]["parallel calls"] == "exact"
 
 
 def test_an_unknown_model_names_what_is_there_and_how_to_get_more(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from app.models.catalogue import BaseModel
-from app.rendering.check import check_append_only
-from app.rendering.protocol import ChatRenderer, Message, NoRenderer, ParsedTurn, Tool
+from app.rendering.check import History, check_append_only
+from app.rendering.conversations import ROLLOUTS
+from app.rendering.protocol import ChatRenderer, Message, MessageNotRenderable, NoRenderer, ParsedTurn, Tool
 from app.rendering.registry import build_renderer, load_renderer, renderer_names
 
 ASK = [{"role": "user", "content": "How much?"}]
@@ -104,7 +105,7 @@ class Forgetful:
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None,
     ) -> list[int] | None:
-        return None
+        return [*prompt_ids, *completion_ids, *[9] * len(new_messages)]
 
     def parse(
         self, completion_ids: Sequence[int], tools: Sequence[Tool] | None, prompt_ids: Sequence[int] | None = None
@@ -119,20 +120,44 @@ class Unbridged(Forgetful):
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
         return [token for number in range(len(messages)) for token in (number, 9)]
 
+    def bridge(self, *_: object) -> list[int] | None:
+        return None
 
-def test_the_check_passes_the_renderers_we_ship(hermes: ChatRenderer, qwen3: ChatRenderer) -> None:
-    for renderer in (hermes, qwen3):
-        assert check_append_only(renderer).as_dict() == {
-            "append_only": True,
-            "control_tokens_inert": True,
-            "differs": [],
-        }
+
+class OneCall(Forgetful):
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
+        if any(len(message.get("tool_calls") or ()) > 1 for message in messages):
+            raise MessageNotRenderable("messages.1.tool_calls", "one call at most")
+        return super().prompt(messages, tools)
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3"])
+def test_the_check_passes_the_renderers_we_ship(name: str, request: pytest.FixtureRequest) -> None:
+    found = check_append_only(request.getfixturevalue(name))
+    assert (found.holds, found.bridges, found.inert, found.warnings) == (True, True, True, ())
+    assert {found.cases[case] for case in ROLLOUTS} == {History.EXACT}
+
+
+def test_a_format_that_forgets_reasoning_at_a_user_turn_still_holds(qwen3: ChatRenderer) -> None:
+    found = check_append_only(qwen3)
+    assert found.cases["reasoning before a later user turn"] is History.NEW_ROOT
+    assert found.holds  # a rollout has one user turn: its last
 
 
 def test_the_check_says_what_differs() -> None:
     changed = check_append_only(Forgetful())
-    assert not changed.holds
-    assert "the render of the history changes: '2 2' against '4 4 4 4' at token 0" in changed.differs[0]
+    assert (changed.holds, changed.bridges) == (False, True)
+    assert (
+        "tool turns, turn 1: the render of the history changes: '2 2' against '4 4 4 4' at token 0" in changed.differs
+    )
+    assert "is served another prompt" in changed.warnings[0]
     refused = check_append_only(Unbridged())
-    assert not refused.holds
-    assert refused.differs == tuple(f"tool turn {n}: the renderer refuses to bridge a tool reply" for n in (1, 2))
+    assert (refused.holds, refused.bridges) == (False, False)
+    assert "tool turns, turn 1: the renderer refuses to bridge it" in refused.differs
+    assert "starts a new root" in refused.warnings[0]
+
+
+def test_what_a_format_cannot_write_is_named() -> None:
+    found = check_append_only(OneCall())
+    assert found.cases["parallel calls"] is History.REFUSED
+    assert "this format cannot write parallel calls" in found.warnings
