@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from workers.rollouts import metrics
@@ -34,8 +33,6 @@ class Validator:
             "greedy": metrics.summary(await self._pass("greedy", step, version)) if greedy else None,
         }
         elapsed = time.monotonic() - began
-        seconds = self._recorder.seconds
-        seconds["evaluation"] = seconds.get("evaluation", 0.0) + elapsed
         await self._recorder.flush()
         facts = results["sampled"] or {}
         timing = dict(so_far.get("timing", {}).get("step", {}))
@@ -51,12 +48,5 @@ class Validator:
 
     async def _pass(self, name: str, step: int, version: int) -> list[Ended]:
         greedy = name == "greedy"
-        self._recorder.describe = partial(self._describe, f"step {step}: {name} validation")
-        try:
-            samples = 1 if greedy else self._samples
-            return await self._pool.evaluate(self._rows, step, version, samples=samples, greedy=greedy)
-        finally:
-            self._recorder.describe = lambda: None
-
-    def _describe(self, what: str) -> str:
-        return f"{what}, {self._pool.describe()}"
+        samples = 1 if greedy else self._samples
+        return await self._pool.evaluate(self._rows, step, version, samples=samples, greedy=greedy)

@@ -55,7 +55,8 @@ class Selected:
 def select(groups: Sequence[Group], max_rollouts: int | None) -> Selected:
     """Rollouts of trainable groups; beyond `max_rollouts`, those with the largest |advantage| are kept.
 
-    A rollout whose advantage is exactly 0, or that sampled nothing, moves no weight and is left out.
+    A rollout is a row for each segment of its call tree that has sampled tokens, all with its advantage. One whose
+    advantage is exactly 0, or that sampled nothing, moves no weight and is left out.
     """
     scored: list[tuple[float, Ended]] = []
     for group in groups:
@@ -69,13 +70,15 @@ def select(groups: Sequence[Group], max_rollouts: int | None) -> Selected:
     kept_ids = {ended.key.id for _, ended in kept}
     rows = [
         TrainingRow(
-            ids=ended.trajectory.ids,
-            mask=ended.trajectory.mask,
-            log_probs=ended.trajectory.log_probs,
+            ids=segment.ids,
+            mask=segment.mask,
+            log_probs=segment.log_probs,
             advantage=advantage,
             group=ended.key.group,
         )
         for advantage, ended in sorted(kept, key=lambda pair: (pair[1].key.group, pair[1].key.sample))
+        for segment in ended.trajectory.segments
+        if segment.sampled
     ]
     return Selected(
         rows=rows,

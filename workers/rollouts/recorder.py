@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Recorder:
         self._activity: tuple[str, float] | None = None
         self._shown: str | None = None
         self.seconds = seconds  # per phase, over all attempts; stored with every flush
+        self.live: dict[str, Any] = {}  # facts that last, shown on the job beside the phases (`jobs.live`)
+        self.present: Callable[[], Mapping[str, Any]] = dict  # facts of the moment, asked with every flush
         self.describe: Callable[[], str | None] = lambda: None  # what the run is doing, asked once a second
         self.on_flush: Callable[[], None] = lambda: None
 
@@ -100,6 +102,8 @@ class Recorder:
         batch, self._queue = self._queue, []
         rows = await asyncio.to_thread(self._write_traces, batch) if batch else []
         values: dict[str, Any] = {"seconds": {name: round(s, 3) for name, s in self.seconds.items()}}
+        if live := {**self.live, **self.present()}:
+            values["live"] = live
         if self._activity is not None:
             values["activity"] = self._activity[0]
             if self._activity[0] != self._shown:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,9 +17,27 @@ from workers.rollouts.batch import Verdict
 from workers.rollouts.pool import Pool, TooManyFailures
 from workers.rollouts.stream import RowStream
 from workers.rollouts.trajectory import TurnRequest
-from workers.rollouts.types import Ended, RolloutKey, Row, Trajectory
+from workers.rollouts.types import Ended, RolloutKey, Row
 
 ROWS = [row(index, kind=index % 2) for index in range(8)]
+
+
+class Fixed:
+    """As many at once as `limit`, first come first served; remembers the priorities it was given."""
+
+    def __init__(self, limit: int) -> None:
+        self._slots = asyncio.Semaphore(limit)
+        self.asked: list[tuple[int, ...]] = []
+        self.promoted: list[tuple[int, tuple[int, ...]]] = []
+
+    @asynccontextmanager
+    async def slot(self, priority: tuple[int, ...], group: int | None = None) -> AsyncIterator[None]:
+        self.asked.append(priority)
+        async with self._slots:
+            yield
+
+    def promote(self, group: int, priority: tuple[int, ...]) -> None:
+        self.promoted.append((group, priority))
 
 
 class Ledger:
@@ -47,7 +66,7 @@ def by_sample(ledger: Ledger, score: Callable[[RolloutKey], float | Exception]) 
 def pool(ledger: Ledger, score: Any, *, group_size: int = 4, limit: int = 100, policy: Any = None) -> Pool:
     grader = by_sample(ledger, score)
     where = setting(policy or ScriptedPolicy(["84"]), grader)
-    return Pool(where, ledger, group_size=group_size, limit=limit)  # type: ignore[arg-type]
+    return Pool(where, ledger, Fixed(limit), group_size=group_size)  # type: ignore[arg-type]
 
 
 def mixed(key: RolloutKey) -> float:
@@ -69,18 +88,18 @@ async def test_a_step_is_a_group_of_siblings_for_each_row() -> None:
 
 async def test_groups_without_signal_are_replaced_from_the_stream() -> None:
     ledger, stream = Ledger(), RowStream(ROWS, 0)
-    constant = {RowStream(ROWS, 0).take().index}  # the first row taken
+    constant = {RowStream(ROWS, 0).take()[1].index}  # the first row taken
     found = await pool(ledger, lambda key: 1.0 if key.row in constant else mixed(key)).step(1, 0, stream, 3)
     assert len(found.of(Verdict.TRAINABLE)) == 3
     assert len(found.of(Verdict.NO_SIGNAL)) == 1
-    assert stream.position == 4
+    assert sorted(found.positions) == [0, 1, 2, 3]
 
 
 async def test_replacements_are_bounded_by_one_extra_batch() -> None:
     ledger, stream = Ledger(), RowStream(ROWS, 0)
     found = await pool(ledger, lambda key: 1.0).step(1, 0, stream, 3)
     assert len(found.of(Verdict.NO_SIGNAL)) == len(found.groups) == 6
-    assert stream.position == 6
+    assert sorted(found.positions) == [0, 1, 2, 3, 4, 5]
     assert len(ledger.started) == len(ledger.finished) == 24
 
 
@@ -188,13 +207,46 @@ async def test_groups_are_numbered_once_over_steps_and_validation() -> None:
 
 
 async def test_people_read_what_is_done_and_who_is_slow() -> None:
-    made = pool(Ledger(), mixed)
-    await made.step(1, 0, RowStream(ROWS, 0), 2)
-    assert made.describe() == "8 of 8 rollouts done"
+    gate = asyncio.Event()
+
+    async def wait(request: TurnRequest) -> None:
+        await gate.wait()
+
+    made = pool(Ledger(), mixed, policy=ScriptedPolicy(["84"], before=wait))
+    assert made.describe() is None
+    steps = [asyncio.create_task(made.step(n, 0, RowStream(ROWS, 0), 2)) for n in (1, 2)]
+    while len(made.active) < 16:
+        await asyncio.sleep(0.001)
+    assert made.describe() == "step 1: 0 of 8 rollouts done; step 2: 0 of 8 rollouts done"
     since = time.monotonic() - 41.0
-    made.active = {
-        "a": Trajectory(activity="waiting for tool refund", activity_since=since),
-        "b": Trajectory(activity="waiting for the grader", activity_since=since + 30),
-        "c": Trajectory(activity="sampling turn 1", activity_since=since - 100),
-    }
-    assert made.describe() == "8 of 8 rollouts done; the slowest is waiting for tool refund since 41 s"
+    a, b, *_ = made.active.values()
+    a.activity, a.activity_since = "waiting for tool refund", since
+    b.activity, b.activity_since = "waiting for the grader", since + 30
+    assert str(made.describe()).endswith("; the slowest is waiting for tool refund since 41 s")
+    gate.set()
+    await asyncio.gather(*steps)
+    assert made.describe() is None
+
+
+async def test_time_without_a_rollout_in_flight_is_counted_as_idle() -> None:
+    made = pool(Ledger(), mixed)
+    await asyncio.sleep(0.02)
+    before = made.idle_s
+    assert before >= 0.02
+
+    async def slow(request: TurnRequest) -> None:
+        await asyncio.sleep(0.05)
+
+    busy = pool(Ledger(), mixed, policy=ScriptedPolicy(["84"], before=slow))
+    began = time.monotonic()
+    await busy.step(1, 0, RowStream(ROWS, 0), 2)
+    assert busy.idle_s <= time.monotonic() - began - 0.04
+
+
+async def test_groups_that_are_nearly_done_and_earlier_steps_go_first() -> None:
+    admission = Fixed(100)
+    ledger = Ledger()
+    made = Pool(setting(ScriptedPolicy(["84"]), by_sample(ledger, mixed)), ledger, admission, group_size=3)  # type: ignore[arg-type]
+    await made.step(4, 0, RowStream(ROWS, 0), 1)
+    assert admission.asked == [(4, 3, 1)] * 3
+    assert admission.promoted == [(1, (4, 2, 1)), (1, (4, 1, 1)), (1, (4, 0, 1))]

@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import json
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class FakeTrainer:
         self.begun: Start
         self.stopped = False
         self.on_progress: Any = None
+        self.before_step: Callable[[Step], Awaitable[None]] | None = None
 
     async def start(self, message: Start) -> Ready:
         self.begun = message
@@ -53,6 +56,8 @@ class FakeTrainer:
         return Ready(version, self._publish(version), 0.0)
 
     async def step(self, message: Step) -> StepDone:
+        if self.before_step is not None:
+            await self.before_step(message)
         self.batches[message.step] = read_batch(Path(message.batch), message.sha256)
         if message.step == self.dies_at:
             raise TrainerDied("the trainer's process ended (signal 9)")
@@ -126,6 +131,10 @@ class Stage:
         await run.give_back()
         return None if work.cancelled() else work.exception()
 
+    async def replan(self, **values: Any) -> None:
+        async with self.database.begin() as session:
+            await session.execute(update(Job).values(plan=replace(PLAN, **values).as_dict()))
+
     async def all_of(self, table: Any) -> list[Any]:
         async with self.database.read() as session:
             return list((await session.scalars(select(table))).all())
@@ -191,7 +200,7 @@ async def test_after_a_crash_the_job_goes_on_from_its_last_step_with_the_same_ro
     before = {row.id for row in await stage.all_of(Rollout)}
     trainer = FakeTrainer()
     run = await stage.attempt(trainer)
-    assert (run.step, run.version) == (2, 2)
+    assert (run.standing.step, run.standing.version) == (2, 2)
     assert await stage.end_of(run) is None
     assert (sorted(trainer.batches), Path(trainer.begun.snapshot or "").name) == ([3], "2")
     rollouts = await stage.all_of(Rollout)
@@ -206,20 +215,59 @@ async def test_after_a_crash_the_job_goes_on_from_its_last_step_with_the_same_ro
     }
 
 
-async def test_a_validation_that_was_interrupted_is_made_up_for(stage: Stage) -> None:
-    run = await stage.attempt(FakeTrainer())
-    checkpoint = run._checkpoint
+async def test_a_validation_that_was_interrupted_is_made_up_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = store.publish
 
-    async def dies_at_two() -> None:
-        if run.step == 2:
+    def dies_at_two(source: Path, target: Path, facts: dict[str, Any]) -> str:
+        if facts["step"] == 2:
             raise TrainerDied("just now")
-        await checkpoint()
+        return publish(source, target, facts)
 
-    run._checkpoint = dies_at_two  # type: ignore[method-assign]
-    await stage.end_of(run)
+    monkeypatch.setattr(store, "publish", dies_at_two)
+    await stage.end_of(await stage.attempt(FakeTrainer()))
     assert [row.step for row in await stage.all_of(Checkpoint)] == [1]
-    assert await stage.end_of(await stage.attempt(FakeTrainer())) is None
+    monkeypatch.undo()
+    trainer = FakeTrainer()
+    assert await stage.end_of(await stage.attempt(trainer)) is None
     assert sorted(row.step for row in await stage.all_of(Checkpoint)) == [1, 2, 3]
+    assert sorted(trainer.batches) == [3]  # step 3 is not recorded before step 2 has its checkpoint
+
+
+async def test_the_next_step_is_sampled_while_the_trainer_works(stage: Stage) -> None:
+    """With one step of staleness; the trainer's first step returns only when the second's rollouts have all ended."""
+    await stage.replan(max_staleness=1)
+    ahead = asyncio.Event()
+
+    async def until_step_two_is_sampled(message: Step) -> None:
+        if message.step == 1:
+            while not ahead.is_set():
+                await asyncio.sleep(0.01)
+                done = [row for row in await stage.all_of(Rollout) if row.step == 2 and row.split == "train"]
+                if done and all(row.finished_at for row in done):
+                    ahead.set()
+
+    trainer = FakeTrainer()
+    trainer.before_step = until_step_two_is_sampled
+    assert await stage.end_of(await stage.attempt(trainer)) is None
+    rollouts = [row for row in await stage.all_of(Rollout) if row.split == "train"]
+    assert {(row.step, row.version) for row in rollouts} == {(1, 0), (2, 0), (3, 1)}
+    events = [event.data for event in await stage.all_of(Event) if event.type == "metrics" and "policy" in event.data]
+    assert [data["policy"]["staleness_max"] for data in events if "valid" not in data] == [0, 1, 1]
+    assert stage.engine.adapters == {}  # every version is unloaded in the end
+
+
+async def test_a_crash_with_a_step_sampled_ahead_gives_its_rows_back(stage: Stage) -> None:
+    await stage.replan(max_staleness=1)
+    await stage.end_of(await stage.attempt(FakeTrainer(dies_at=2)))
+    before = [row for row in await stage.all_of(Rollout) if row.split == "train"]
+    undone = {row.state for row in before if row.step > 1}
+    assert undone <= {"lost", "rolled_back"}
+    assert await stage.end_of(await stage.attempt(FakeTrainer())) is None
+    again = [row for row in await stage.all_of(Rollout) if row.split == "train" and row.attempt == 2]
+    for step in (2, 3):
+        first, second = ([row for row in rows if row.step == step] for rows in (before, again))
+        assert rows_in_order(second)[:2] == rows_in_order(first)[:2]
+    assert {row.state for row in again} <= {"trained", "no_signal", "not_selected"}
 
 
 async def test_constant_rewards_end_the_job_with_a_reason_before_it_costs_much(stage: Stage) -> None:
