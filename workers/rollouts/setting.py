@@ -17,6 +17,7 @@ from app.net.clients import HttpClient
 from app.rendering.protocol import ChatRenderer
 from app.samplers.client import Completion
 from app.tools.http import ToolEndpoint
+from workers.rollouts.tool_gate import ToolTurn
 from workers.rollouts.types import Limits, ToolRecord
 
 
@@ -41,16 +42,16 @@ class Policy(Protocol):
 
 
 class Gate(Protocol):
-    """Leave to call a tool: entering waits while too many calls of that tool run."""
+    """Leave to call a tool: entering waits while too many calls of it run. Raises `ToolBusy` at `deadline`."""
 
-    def tool(self, name: str) -> AbstractAsyncContextManager[None]: ...
+    def tool(self, name: str, deadline: float | None = None) -> AbstractAsyncContextManager[ToolTurn]: ...
 
 
 class OpenGate:
     """Never waits."""
 
-    def tool(self, name: str) -> AbstractAsyncContextManager[None]:
-        return nullcontext()
+    def tool(self, name: str, deadline: float | None = None) -> AbstractAsyncContextManager[ToolTurn]:
+        return nullcontext(ToolTurn(watch=lambda attempt: None, queued_s=0.0))
 
 
 def nobody(record: ToolRecord) -> None:

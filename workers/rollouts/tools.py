@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from app.tools.http import CallContext, FunctionCall, ToolEndpoint, ToolFailed, call_tool
 from workers.rollouts.setting import Setting
+from workers.rollouts.tool_gate import ToolBusy
 from workers.rollouts.types import ToolRecord
 
 NO_ANSWER = 0  # the status of a call that nobody answered in time
@@ -58,48 +58,35 @@ async def _one(
     if endpoint is None:
         text = f"error: unknown tool {call.name!r}"
         return ToolRecord(call.call_id, call.name, call.arguments, text, 404, 0, 0.0, True), None
-    asked = started = time.monotonic()
-    async with AsyncExitStack() as held:
-        try:
-            await _enter(setting, held, endpoint, deadline)
-            started = time.monotonic()
-            outcome = await call_tool(
-                setting.http, endpoint, call, context, timeout_s=setting.limits.tool_timeout_s, deadline=deadline
-            )
-        except ToolFailed as failure:
-            attempts, seconds = failure.attempts, time.monotonic() - started
-            record = ToolRecord(
-                call.call_id,
-                call.name,
-                call.arguments,
-                str(failure),
-                NO_ANSWER,
-                attempts,
-                seconds,
-                True,
-                started - asked,
-            )
-            setting.on_tool(record)
-            return record, failure
-    record = ToolRecord(
-        call.call_id,
-        call.name,
-        call.arguments,
-        outcome.output,
-        outcome.status,
-        outcome.attempts,
-        outcome.seconds,
-        outcome.is_error,
-        started - asked,
-    )
-    setting.on_tool(record)
-    return record, None
-
-
-async def _enter(setting: Setting, held: AsyncExitStack, endpoint: ToolEndpoint, deadline: float) -> None:
+    began = time.monotonic()
+    queued_s, timeout_s = 0.0, setting.limits.tool_timeout_s
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            await held.enter_async_context(setting.gate.tool(endpoint.name))
-    except TimeoutError:
-        reason = "the rollout's deadline passed while the call waited for its turn"
-        raise ToolFailed(endpoint.name, endpoint.server_url, 0, reason) from None
+        async with setting.gate.tool(endpoint.name, deadline) as turn:
+            queued_s = time.monotonic() - began
+            outcome = await call_tool(
+                setting.http, endpoint, call, context, timeout_s=timeout_s, deadline=deadline, watch=turn.watch
+            )
+    except ToolBusy as busy:
+        queued_s = time.monotonic() - began
+        failure = ToolFailed(endpoint.name, endpoint.server_url, 0, str(busy))
+    except ToolFailed as error:
+        failure = error
+    else:
+        record = ToolRecord(
+            call.call_id,
+            call.name,
+            call.arguments,
+            outcome.output,
+            outcome.status,
+            outcome.attempts,
+            outcome.seconds,
+            outcome.is_error,
+            queued_s,
+        )
+        setting.on_tool(record)
+        return record, None
+    seconds = time.monotonic() - began - queued_s
+    text, attempts = str(failure), failure.attempts
+    record = ToolRecord(call.call_id, call.name, call.arguments, text, NO_ANSWER, attempts, seconds, True, queued_s)
+    setting.on_tool(record)
+    return record, failure

@@ -14,6 +14,7 @@ import pytest
 
 from app.core.states import RolloutState
 from app.graders.base import GraderFailed, InvalidScore
+from app.net.exchange import Attempted
 from app.rendering.protocol import MessageNotRenderable
 from app.rendering.registry import build_renderer
 from app.rendering.tokens import TextTokenizer
@@ -35,6 +36,7 @@ from tests.unit.rollouts.scripted import (
     setting,
     text,
 )
+from workers.rollouts.tool_gate import ToolBusy, ToolTurn
 from workers.rollouts.trajectory import Setting, run_rollout
 from workers.rollouts.types import Ended, Row, StopReason, ToolRecord, Trajectory
 
@@ -383,14 +385,15 @@ async def test_time_is_counted_by_phase_and_the_turns_are_recorded() -> None:
 
 async def test_waiting_for_leave_to_call_a_tool_is_not_the_tools_time() -> None:
     heard: list[ToolRecord] = []
+    attempts: list[Attempted] = []
 
     class Narrow:
         one = asyncio.Lock()
 
         @asynccontextmanager
-        async def tool(self, name: str) -> AsyncIterator[None]:
+        async def tool(self, name: str, deadline: float | None = None) -> AsyncIterator[ToolTurn]:
             async with self.one:
-                yield
+                yield ToolTurn(attempts.append, 0.0)
 
     async def slow(body: dict[str, Any]) -> tuple[int, Any]:
         await asyncio.sleep(0.05)
@@ -402,18 +405,20 @@ async def test_waiting_for_leave_to_call_a_tool_is_not_the_tools_time() -> None:
     assert seconds["tool_queue"] >= 0.05
     assert 0.05 <= seconds["tools"] < seconds["tool_queue"] + seconds["tools"] - 0.04
     assert sorted(record.queued_s > 0.04 for record in heard) == [False, True]
+    assert [attempt.status for attempt in attempts] == [200, 200]
 
 
-async def test_a_gate_that_never_opens_ends_at_the_rollouts_deadline() -> None:
+async def test_a_tool_without_a_turn_before_the_deadline_is_a_failed_tool() -> None:
     class Closed:
         @asynccontextmanager
-        async def tool(self, name: str) -> AsyncIterator[None]:
-            await asyncio.sleep(30)
+        async def tool(self, name: str, deadline: float | None = None) -> AsyncIterator[ToolTurn]:
+            assert deadline is not None
+            raise ToolBusy(name, 7)
             yield
 
     heard: list[ToolRecord] = []
     where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=says("31")), gate=Closed(), on_tool=heard.append)
-    found = await roll(replace(where, limits=limited(rollout_timeout_s=0.1)), row(0, "lookup"))
+    found = await roll(where, row(0, "lookup"))
     assert found.state is RolloutState.TOOL_FAILED
-    assert "waited for its turn" in (found.error or "")
+    assert "its queue (7 calls)" in (found.error or "")
     assert [(record.status, record.is_error) for record in heard] == [(0, True)]
