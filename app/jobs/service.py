@@ -53,8 +53,12 @@ def draft(spec: JobSpec, vault: Vault) -> Draft:
     return Draft(job_id, spec, seal_headers(spec.method, vault, job_id), seed)
 
 
-def check_model(catalogue: Catalogue, spec: JobSpec) -> None:
-    """Blocking (reads the catalogue). Raises InvalidRequest unless the model is here and can hold what is asked."""
+def check_model(catalogue: Catalogue, spec: JobSpec, *, max_lora_rank: int) -> None:
+    """Blocking (reads the catalogue). Raises InvalidRequest unless the model is here and can hold what is asked.
+
+    `max_lora_rank`: what the samplers were started with; an adapter above it would be found out at the first
+    publication only.
+    """
     name = spec.request.model
     if name.startswith("ft:"):
         raise InvalidRequest(
@@ -69,6 +73,13 @@ def check_model(catalogue: Catalogue, spec: JobSpec) -> None:
         if spec.options.get(option, 0) > model.context:
             param = f"hone.{option}"
             raise InvalidRequest(f"{param}: {name} has a context of {model.context} tokens", param=param)
+    rank = int(spec.options.get("lora_rank", model.lora_rank))
+    if rank > max_lora_rank:
+        raise InvalidRequest(
+            f"hone.lora_rank: {rank} is above {max_lora_rank}, the highest rank that the samplers of this server take "
+            f"(HONE_SAMPLER_MAX_LORA_RANK); ask for less, or raise the setting and restart.",
+            param="hone.lora_rank",
+        )
 
 
 async def create(session: AsyncSession, made: Draft, attempt: Attempt) -> Job:

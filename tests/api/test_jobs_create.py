@@ -95,6 +95,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": {"type": "supervised"}}, "method.type"),
     ({"hone": {"speed": 9}}, "hone.speed"),
     ({"hone": {"max_tokens_per_turn": 4096}}, "hone.max_tokens_per_turn"),
+    ({"hone": {"lora_rank": 65}}, "hone.lora_rank"),
     (
         {"method": {"type": "rft", "rft": {"grader": GRADER, "hyperparameters": {"batch_size": 0}}}},
         "method.reinforcement.hyperparameters.batch_size",
@@ -108,6 +109,12 @@ def test_a_refusal_is_a_400_with_the_path(client: OpenAI, files: Files) -> None:
             create(client, files.body(**changes))
         assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
     assert list(client.fine_tuning.jobs.list()) == []
+
+
+def test_a_rank_that_no_sampler_takes_names_the_setting(client: OpenAI, files: Files) -> None:
+    with pytest.raises(openai.BadRequestError, match="65 is above 64.*HONE_SAMPLER_MAX_LORA_RANK"):
+        create(client, files.body(hone={"lora_rank": 65}))
+    assert create(client, files.body(hone={"lora_rank": 64})).status == "validating_files"
 
 
 def test_a_file_of_another_purpose_or_project_is_refused(
