@@ -112,7 +112,7 @@ def test_a_refusal_is_a_400_with_the_path(client: OpenAI, files: Files) -> None:
 
 
 def test_a_rank_that_no_sampler_takes_names_the_setting(client: OpenAI, files: Files) -> None:
-    with pytest.raises(openai.BadRequestError, match="65 is above 64.*HONE_SAMPLER_MAX_LORA_RANK"):
+    with pytest.raises(openai.BadRequestError, match=r"65 is above 64.*HONE_SAMPLER_MAX_LORA_RANK"):
         create(client, files.body(hone={"lora_rank": 65}))
     assert create(client, files.body(hone={"lora_rank": 64})).status == "validating_files"
 
