@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,3 +267,8 @@ def test_the_most_frequent_error_is_counted_over_ids_and_times() -> None:
     errors = ["search: 503 after 2.1 s (tr_9a)", None, "grader: timeout", "search: 503 after 4.0 s (tr_77)"]
     assert top_error(errors) == {"message": "search: 503 after 2.1 s (tr_9a)", "count": 2}
     assert top_error([None]) is None
+
+
+def test_every_rule_is_explained_to_people() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [rule.name for rule in RULES if f"`{rule.name}`" not in text] == []
