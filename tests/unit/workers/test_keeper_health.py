@@ -10,7 +10,8 @@ import pytest
 
 from app.core.settings import Settings
 from workers.sampler import keeper as keeping
-from workers.sampler.keeper import SILENCE_S, Keeper, Kept
+from workers.sampler.keeper import SILENCE_S, Keeper
+from workers.sampler.kept import Kept, Place
 
 
 class Client:
@@ -33,8 +34,10 @@ async def test_what_a_sampler_says_of_itself_decides(
 ) -> None:
     keeper = Keeper(Settings(data_dir=tmp_path))
     child: Any = object()
-    kept = Kept("m", "http://127.0.0.1:1", child, tmp_path / "log", 0.0, 0.0, "row", time.monotonic() - silent_s)
-    keeper.kept["m"] = kept
+    place = Place("m", "0")
+    kept = Kept(place, "http://127.0.0.1:1", child, None, 1, tmp_path / "log", 0, 0.0, 0.0)
+    kept.row_id, kept.healthy = "row", time.monotonic() - silent_s
+    keeper.kept[place] = kept
     failures: list[str] = []
 
     async def failed(kept: Kept, reason: str) -> None:
