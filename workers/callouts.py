@@ -37,8 +37,9 @@ def mismatch_grows(seen: Seen) -> Finding | None:
     values, at = seen.policy("mismatch_kl"), seen.at
     if len(values) < at.early + at.recent:
         return None
-    start, now = statistics.median(seen.first("mismatch_kl")), statistics.median(values[-at.recent :])
-    if now <= max(at.mismatch_floor, at.mismatch_growth * start):
+    first, now = seen.first("mismatch_kl"), statistics.median(values[-at.recent :])
+    start = statistics.median(first)
+    if now <= max(at.mismatch_floor, at.mismatch_growth * start, at.mismatch_spread * max(first)):
         return None
     times = f", {now / start:.1f} times its early median {start:.2g}" if start > 0 else ""
     text = f"Sampler and trainer drift apart: mismatch KL {now:.2g}{times}"
@@ -46,21 +47,20 @@ def mismatch_grows(seen: Seen) -> Finding | None:
 
 
 def mismatch_with_depth(seen: Seen) -> Finding | None:
-    """In two steps in a row, so that a few odd late turns say nothing."""
-    at, found = seen.at, []
-    for facts in seen.steps[-2:]:
-        half = len(facts.by_depth) // 2
-        if len(facts.by_depth) < 3:
-            return None
-        early, late = statistics.mean(facts.by_depth[:half]), statistics.mean(facts.by_depth[-half:])
-        if late <= max(at.mismatch_floor, at.depth_growth * early):
-            return None
-        found.append((early, late))
-    if len(found) < 2:
+    """Means over several steps, of turns that most of these have: the late turns of one step are few tokens."""
+    at, window = seen.at, [facts.by_depth for facts in seen.steps[-seen.at.early :]]
+    if not seen.last.by_depth:
         return None
-    early, late = found[-1]
+    by_turn = {turn: [depths[turn] for depths in window if turn in depths] for turn in sorted(seen.last.by_depth)}
+    means = [statistics.fmean(values) for values in by_turn.values() if len(values) >= at.recent]
+    half = len(means) // 2
+    if len(means) < 3:
+        return None
+    early, late = statistics.fmean(means[:half]), statistics.fmean(means[-half:])
+    if late <= max(at.mismatch_floor, at.depth_growth * early):
+        return None
     text = f"The mismatch of sampler and trainer grows with the turn: KL {early:.2g} in early turns, {late:.2g} in late"
-    return Finding(late, text, {"by_depth": list(seen.last.by_depth)})
+    return Finding(late, text, {"by_turn": means})
 
 
 def importance_out_of_range(seen: Seen) -> Finding | None:

@@ -27,6 +27,7 @@ class Thresholds:
     early: int = 5
     recent: int = 3
     mismatch_growth: float = 3.0  # against its own early median; healthy runs stay flat
+    mismatch_spread: float = 1.5  # and against the largest of the early ones: bf16 alone gives 1 to 4e-3
     mismatch_floor: float = 1e-4  # below it a growth is noise of the arithmetic
     depth_growth: float = 3.0  # late turns against early ones
     masked_tokens: float = 0.05
@@ -77,7 +78,7 @@ class Facts:
     discarded: Mapping[str, int]  # by state
     groups: Mapping[str, float]  # mixed, solved, constant, dropped: fractions
     policy: Mapping[str, float]
-    by_depth: tuple[float, ...]  # mismatch KL, first turn first
+    by_depth: Mapping[int, float]  # mismatch KL by turn, from 0
     shares: Mapping[str, float]
     bound: str
     tools: Mapping[str, tuple[float, float]]  # calls, errors
@@ -94,7 +95,6 @@ class Facts:
         rollouts = data.get("rollouts") or {}
         graded = number(rollouts, "graded") or 0.0
         policy = numbers("policy")
-        depths = sorted((int(match[1]), value) for name, value in policy.items() if (match := DEPTH.fullmatch(name)))
         top = rollouts.get("top_error")
         return cls(
             step=int(data["step"]),
@@ -111,7 +111,7 @@ class Facts:
             discarded={state: int(count) for state, count in numbers("rollouts", "discarded").items()},
             groups=numbers("groups"),
             policy=policy,
-            by_depth=tuple(value for _, value in depths),
+            by_depth={int(match[1]): value for name, value in policy.items() if (match := DEPTH.fullmatch(name))},
             shares=numbers("diagnosis", "shares"),
             bound=str((data.get("diagnosis") or {}).get("bound", "")),
             tools={

@@ -204,6 +204,20 @@ def test_growth_within_the_noise_of_the_arithmetic_is_silent() -> None:
     assert raised(steps(tiny)) == []
 
 
+def test_a_mismatch_that_jumps_about_as_bf16_does_has_not_grown() -> None:
+    def noisy(step: int) -> dict[str, Any]:
+        return {"policy.mismatch_kl": (1e-3, 3e-3, 1e-3)[step % 3] if step < 9 else 4e-3}
+
+    assert raised(steps(noisy)) == []
+
+
+def test_a_few_odd_late_turns_are_not_a_mismatch_that_grows_with_depth() -> None:
+    odd = steps(
+        lambda s: {"policy.mismatch_kl_depth_4": 0.05, "policy.mismatch_kl_depth_5": 0.05} if s % 4 == 0 else {}
+    )
+    assert raised(odd) == []
+
+
 def test_a_share_of_a_handful_says_nothing() -> None:
     few = {"rollouts.started": 4, "rollouts.graded": 3, "rollouts.truncated": 2}
     assert raised(steps(lambda s: {**few, "rollouts.discarded": {"tool_failed": 1}}, 4)) == []
