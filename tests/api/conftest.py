@@ -22,11 +22,11 @@ from openai import AsyncOpenAI, OpenAI
 from app.core.settings import Settings
 from app.db import migrate
 from app.db.engine import Database
-from app.db.tables import Checkpoint, Job, Sampler
+from app.db.tables import Checkpoint, Job
 from app.rendering.registry import load_renderer
 from app.rendering.tokens import TextTokenizer
 from app.web.main import create_app
-from tests.api.fake_sampler import FakeSampler, serving
+from tests.api.fake_sampler import FakeSampler, register, serving
 from tests.api.live_server import LiveServer, create_key
 from tests.unit.inference.model import make_byte_model
 
@@ -122,21 +122,7 @@ def silent(settings: Settings, live_server: LiveServer) -> Iterator[FakeSampler]
 
 @pytest.fixture
 async def sampler(silent: FakeSampler, database: Database) -> FakeSampler:
-    async with database.begin() as session:
-        session.add(
-            Sampler(
-                id="smp-1",
-                project_id="proj_default",
-                base_model="bytes",
-                url=silent.url,
-                host="here",
-                adapter_root="/adapters",
-                max_loras=2,
-                info={},
-                started_at=time.time(),
-                heartbeat=time.time() + 3600,
-            )
-        )
+    await register(database, silent, "smp-1")
     return silent
 
 

@@ -20,6 +20,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from app.db.engine import Database
+from app.db.tables import Sampler
+
 Say = Callable[[dict[str, Any]], str]
 START_S = 10.0
 
@@ -102,6 +105,25 @@ def error(status: int, message: str, param: str | None) -> Response:
 
 async def _ok(_: Request) -> Response:
     return Response()
+
+
+async def register(database: Database, sampler: FakeSampler, sampler_id: str) -> None:
+    """As a keeper would; two adapters fit."""
+    async with database.begin() as session:
+        session.add(
+            Sampler(
+                id=sampler_id,
+                project_id="proj_default",
+                base_model=sampler.base,
+                url=sampler.url,
+                host="here",
+                adapter_root="",
+                max_loras=2,
+                info={},
+                started_at=time.time(),
+                heartbeat=time.time() + 3600,
+            )
+        )
 
 
 @contextlib.contextmanager

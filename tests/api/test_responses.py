@@ -14,9 +14,10 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from app.core.settings import Settings
+from app.db.engine import Database
 from app.models.catalogue import Catalogue
 from app.rendering.registry import load_renderer
-from tests.api.fake_sampler import FakeSampler, error
+from tests.api.fake_sampler import FakeSampler, error, register, serving
 from tests.api.live_server import LiveServer
 from tests.unit.inference.model import CALL, CONTEXT, LOOKUP
 
@@ -208,6 +209,30 @@ def test_a_sampler_that_fails_once_is_asked_again_before_the_client_has_read_a_w
             assert list(client.responses.create(model="bytes", input=ASKED, stream=True))[-1].type.endswith("completed")
         else:
             assert client.responses.create(model="bytes", input=ASKED).output_text == "84"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_sampler_that_dies_half_way_is_replaced_by_another(
+    client: OpenAI, sampler: FakeSampler, tuned: str, database: Database, stream: bool
+) -> None:
+    asked: list[str] = []
+
+    def die_first(name: str) -> Any:
+        asked.append(name)
+        return error(500, "engine died", None) if len(asked) == 1 else None
+
+    with serving(FakeSampler(sampler.base, sampler.encode, sampler.end)) as other:
+        await register(database, other, "smp-2")
+        sampler.fail, other.fail = lambda _: die_first("smp-1"), lambda _: die_first("smp-2")
+        if stream:
+            last: Any = list(client.responses.create(model=tuned, input=ASKED, stream=True))[-1]
+            answer = last.response
+        else:
+            answer = client.responses.create(model=tuned, input=ASKED)
+        assert answer.output_text == "84"
+        assert sorted(asked) == ["smp-1", "smp-2"]
+        assert answer.to_dict()["hone"]["sampler"] == asked[1]
+        assert sampler.adapters == other.adapters == {"ckpt-8": "/adapters/8"}
 
 
 async def test_a_failure_after_the_first_event_is_an_error_the_client_raises(
