@@ -22,7 +22,7 @@ from workers.clock import Clock
 from workers.diagnosis import JobTimes, StepTimes, spent, tool_facts
 from workers.evaluation import Evaluations
 from workers.messages import Progress, Step, StepDone
-from workers.monitor import Monitor, no_signal
+from workers.monitor import Callout, Monitor, no_signal, top_error
 from workers.pipeline import Pipeline
 from workers.publication import Publisher
 from workers.registry import Registry, StepRecord
@@ -34,10 +34,12 @@ from workers.rollouts.recorder import Recorder
 from workers.rollouts.stream import Consumed
 from workers.rollouts.types import Ended, Group
 from workers.sampler.policy import ServedPolicy
+from workers.series import Thresholds
 from workers.setup import Inputs, JobFailure
 from workers.trainer_link import TrainerLink
 
 EMPTY_STEPS_LIMIT = 3  # steps in a row without anything to learn from
+OVERDUE_CHECK_S = 5.0
 PHASE_OF = {
     "sampling": "sampling",
     "rendering": "sampling",
@@ -88,10 +90,18 @@ class Training:
         self._p = parts
         self._plan = parts.inputs.plan
         self._at = parts.standing
-        self._monitor = Monitor(history)
+        thresholds = Thresholds(
+            importance_range=self._plan.importance_range,
+            max_staleness=max(1, self._plan.max_staleness),
+            uses_tools=bool(parts.inputs.endpoints),
+        )
+        self._monitor = Monitor(history, thresholds)
         self._times = JobTimes.from_history(history)
+        if any("diagnosis" in data for data in history):
+            parts.recorder.live["diagnosis"] = self._times.diagnosis().as_dict()
         self._history = history
         self._doing = ""
+        self._began = time.monotonic()  # this step
 
     async def run(self) -> None:
         """Raises `JobFailure`, `TooManyFailures`, `TrainerDied`, `LeaseLost`, …"""
@@ -99,16 +109,18 @@ class Training:
         parts.recorder.describe = self._describe
         parts.recorder.present = self._present
         parts.trainer.on_progress = self._on_progress
+        overdue = asyncio.create_task(self._watch(), name="overdue")
         try:
             await self._resume_evaluation()
             parts.pipeline.advance(self._at.step, self._at.version)
             while self._at.step < self._plan.total_steps:
                 await self._step()
             self._doing = "waiting for the last validation"
-            with Clock(parts.recorder.seconds).phase("evaluation"):
-                await parts.evaluations.settled()
+            await self._evaluated(Clock(parts.recorder.seconds))
         finally:
             parts.recorder.describe, parts.recorder.present = lambda: None, dict
+            overdue.cancel()
+            await asyncio.gather(overdue, return_exceptions=True)
             await parts.pipeline.close()
             await parts.evaluations.close()
 
@@ -117,13 +129,14 @@ class Training:
     async def _step(self) -> None:
         parts, at = self._p, self._at
         step, clock = at.step + 1, Clock(parts.recorder.seconds)
-        idle = parts.pool.idle_s
+        idle, self._began = parts.pool.idle_s, clock.began
         self._doing = f"step {step}: waiting for its rollouts"
         with clock.phase("waiting", counts_as=""):
             rollouts = await parts.pipeline.next(step)
         self._share(clock.step["waiting"], rollouts.members)
         selected = select(rollouts.of(Verdict.TRAINABLE), self._plan.max_trained_rollouts)
         data = metrics.step_data(step, self._plan.total_steps, rollouts)
+        data["rollouts"]["top_error"] = top_error(member.error for member in rollouts.members)
         await parts.recorder.flush()
         at.consumed.add(rollouts.positions)
         staleness = at.version - rollouts.version
@@ -135,8 +148,7 @@ class Training:
         at.empty_steps = 0 if done else at.empty_steps + 1
         parts.pipeline.advance(step, at.version)
         self._doing = f"step {step}: waiting for the validation of step {step - 1}"
-        with clock.phase("evaluation"):
-            await parts.evaluations.settled()
+        await self._evaluated(clock)
         data |= self._timing(clock, rollouts, parts.pool.idle_s - idle)
         await self._record(step, rollouts, selected, done, data)
         await asyncio.to_thread(batch_file.unlink, True)
@@ -235,9 +247,18 @@ class Training:
 
     async def _callouts(self, data: Mapping[str, Any]) -> None:
         for callout in self._monitor.observe(data):
-            message = f"{callout.message}. {callout.suggestion}"
-            facts = {"rule": callout.rule, "step": data["step"], **callout.data}
-            await self._p.recorder.event(message, level="warn", data=facts)
+            await self._call_out(callout, int(data["step"]))
+
+    async def _call_out(self, callout: Callout, step: int) -> None:
+        message = f"{callout.message}. {callout.suggestion}"
+        await self._p.recorder.event(message, level="warn", data={"rule": callout.rule, "step": step, **callout.data})
+
+    async def _watch(self) -> None:
+        """Say when a step takes several times as long as the others did."""
+        while True:
+            await asyncio.sleep(OVERDUE_CHECK_S)
+            if callout := self._monitor.overdue(time.monotonic() - self._began, self._describe()):
+                await self._call_out(callout, self._at.step + 1)
 
     async def _note_empty(self, rollouts: StepRollouts) -> None:
         """A step without signal moves nothing; say why, and stop when it goes on like this from the start."""
@@ -277,6 +298,13 @@ class Training:
         self._doing = f"step {self._at.step + 1}: {progress.phase} {progress.done}{total}"
 
     # --- validation -------------------------------------------------------------------------------------------------
+
+    async def _evaluated(self, clock: Clock) -> None:
+        """Wait for the pass that runs beside this step."""
+        with clock.phase("evaluation"):
+            data = await self._p.evaluations.settled()
+        if data is not None:
+            await self._callouts(data)
 
     def _evaluates(self, step: int) -> bool:
         return step == self._plan.total_steps or step % self._plan.eval_interval == 0

@@ -72,6 +72,7 @@ def step_data(step: int, total: int, rollouts: StepRollouts) -> dict[str, Any]:
     """The sampling side of a step's metrics event."""
     members = [member for group, _ in rollouts.groups for member in group.members]
     graded = [member for member in members if member.grade is not None]
+    quiet = [member for member in graded if not member.trajectory.tools]
     rewards = [member.reward for member in graded]
     facts = summary(members)
     counts = {verdict: len(rollouts.of(verdict)) for verdict in Verdict}
@@ -115,6 +116,7 @@ def step_data(step: int, total: int, rollouts: StepRollouts) -> dict[str, Any]:
             "new_roots": facts["new_roots"],
             "bridge_breaks": sum(m.trajectory.bridge_breaks for m in graded),
             "token_drift": sum(m.trajectory.drifted for m in members),
+            "no_calls": {"share": len(quiet) / max(1, len(graded)), "reward_mean": mean(m.reward for m in quiet)},
             "discarded": failed,
         },
         "tools": tools(graded, "train"),
