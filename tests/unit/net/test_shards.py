@@ -9,16 +9,17 @@ import httpx
 import pytest
 
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
-from app.net.shards import SHARD_CONNECTIONS, ShardedTransport
+from app.net.shards import ShardedTransport
 from tests.unit.net.user_endpoint import Reply, UserEndpoint
 
 LOOPBACK = EgressPolicy.parse("127.0.0.0/8:*")
 
 
-def free_turns(http: HttpClient) -> int:
+def free_turns(http: HttpClient, most: int = 3) -> int:
     transport = http._transport
     assert isinstance(transport, ShardedTransport)
-    assert sum(transport._busy) == 3 - transport._slots._value
+    idle = sum(len(shards) for shards in transport._idle.values())
+    assert len(transport._shards) - idle == most - transport._slots._value
     return transport._slots._value
 
 
@@ -32,8 +33,8 @@ async def test_no_more_requests_than_allowed_are_under_way(endpoint: UserEndpoin
         assert free_turns(http) == 3
 
 
-async def test_a_burst_larger_than_a_shard_is_answered(endpoint: UserEndpoint) -> None:
-    count = 3 * SHARD_CONNECTIONS + 1
+async def test_a_burst_over_as_many_connections_is_answered(endpoint: UserEndpoint) -> None:
+    count = 100
     endpoint.plays(Reply(200, {}, delay_s=0.3))
     async with guarded_client(LOOPBACK, timeout_s=10, max_connections=count) as http:
         answers = await asyncio.gather(*(http.get(endpoint.url) for _ in range(count)))
@@ -76,3 +77,16 @@ async def test_a_connection_is_used_again(endpoint: UserEndpoint) -> None:
             answer = await http.get(endpoint.url)
             peers.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
     assert len(peers) == 1
+
+
+@pytest.mark.parametrize(("most", "kept"), [(2, True), (1, False)])
+async def test_a_server_keeps_its_connection_while_there_is_room(endpoint: UserEndpoint, most: int, kept: bool) -> None:
+    other = endpoint.url.replace("127.0.0.1", "localhost")
+
+    async def peer(http: HttpClient, url: str) -> object:
+        return (await http.get(url)).extensions["network_stream"].get_extra_info("client_addr")
+
+    async with guarded_client(LOOPBACK, timeout_s=5, max_connections=most) as http:
+        one, two = await peer(http, endpoint.url), await peer(http, other)
+        assert ((await peer(http, endpoint.url), await peer(http, other)) == (one, two)) is kept
+        assert free_turns(http, most) == most
