@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from workers.batch import TrainingRow
 from workers.messages import LoraSpec
-from workers.trainer import grpo, model
+from workers.trainer import budget, grpo, model
 from workers.trainer.__main__ import keep_memory
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,9 +75,7 @@ def timed_steps(
         trainer = grpo.PackedGRPO(
             policy, hyper, scratch, next_rows, lambda *_: None, Quiet(), grpo.make_optimizer(policy, 3e-4)
         )
-        if padded:
-            trainer.packs = False
-            policy.get_base_model().set_attn_implementation("sdpa")
+        trainer.arrange = budget.padded if padded else budget.packed
         if profile:
             with torch.profiler.profile(with_stack=False) as record:
                 trainer.train()

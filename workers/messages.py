@@ -37,6 +37,10 @@ class Start:
     first published version is the step it was taken at, otherwise v0 (seeded A, B = 0).
     `canary` is a JSON file with a list of token-id lists; the trainer scores them after every publication.
     `dtype` is the compute type of the forward pass: "bfloat16" or "float32"; adapter weights are always fp32.
+    `beta` weighs the KL to the base (0: none). `importance_range` (low, high) masks tokens whose probability ratio
+    trainer / sampler is outside, `max_sequence_tv` rows whose mean |ratio - 1| / 2 is above; None masks nothing.
+    `processes` ranks share one update on this host, one GPU each where there are GPUs; `threads` is for all together.
+    `shard_base` splits the frozen base over the ranks. `gpu_memory_share` caps what each process may take of its GPU.
     """
 
     job_id: str
@@ -56,6 +60,12 @@ class Start:
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     epsilon: float = 0.2
+    beta: float = 0.0
+    importance_range: tuple[float, float] | None = None
+    max_sequence_tv: float | None = None
+    processes: int = 1
+    shard_base: bool = False
+    gpu_memory_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,9 @@ class Published:
     name: str
     path: str
     sha256: str
-    canary_log_probs: str  # JSON file beside the adapter: list (per canary) of list of log-probs, fp32 forward
+    canary_log_probs: (
+        str  # JSON file beside the adapter: log-probs of each canary, forward in `Start.dtype`, softmax fp32
+    )
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,7 @@ class Progress:
 class StepDone:
     """Trainer → supervisor: step taken, adapter published, snapshot on disk (in that order of durability).
 
-    `metrics`: flat name → float; at least loss, entropy, mismatch_kl (k3 of sampler against trainer), clip_ratio_low,
-    clip_ratio_high, grad_norm, learning_rate, trained_tokens, forwarded_tokens, raw_tokens.
+    `metrics`: flat name → float, listed in `workers.trainer.diagnostics`; besides loss, grad_norm and learning_rate.
     `seconds`: update, publication, snapshot, canary.
     """
 
@@ -160,6 +171,8 @@ def decode(line: bytes) -> Message:
                 if nested is LoraSpec:
                     values = {**values, "targets": tuple(values["targets"])}
                 data[name] = nested(**values)
+        if data.get("importance_range") is not None:
+            data["importance_range"] = tuple(data["importance_range"])
         message: Message = cls(**data)
     except (TypeError, KeyError) as error:
         raise ProtocolError(f"{cls.__name__}: {error}") from error

@@ -63,6 +63,14 @@ def add_adapter(base: Any, lora: LoraSpec, seed: int) -> PeftModel:
     return policy
 
 
+def attend(policy: PeftModel, *, as_trie: bool) -> None:
+    """Switch between attention over a packed trie and over rows; only for models that pack."""
+    wanted = attention.NAME if as_trie else "sdpa"
+    base = policy.get_base_model()
+    if base.config._attn_implementation != wanted:
+        base.set_attn_implementation(wanted)
+
+
 def packs(config: Any) -> bool:
     """Whether every layer is full attention and the logits are hidden @ Wᵀ, so that rows can be packed as a trie."""
     text = config.get_text_config()

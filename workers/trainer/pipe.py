@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable
 
+from workers.leash import kill_own_group
 from workers.messages import MAX_LINE_BYTES, Message, ProtocolError, Stop, decode, encode
-
-
-def kill_own_group() -> None:
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 class Pipe:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.trainer.head import token_log_probs
-from workers.trainer.model import packs
+from workers.trainer.model import attend, packs
 from workers.trainer.packing import TreePlan, plan_tree
 
 CANARY_TOKENS_AT_ONCE = 8192
@@ -37,12 +37,28 @@ def score_tree(policy: Any, plan: TreePlan, temperature: float) -> Scores:
     return Scores(log_probs.index_select(0, plan.trained_nodes), entropy.index_select(0, plan.trained_nodes))
 
 
+def score_padded(policy: Any, ids: Tensor, where: tuple[Tensor, Tensor], temperature: float) -> Scores:
+    """ids [rows, tokens], padded on the right; score the tokens at (row, position), position 1 at least.
+
+    No attention mask: a causal model never looks to the right, where the padding is.
+    """
+    causal = policy.get_base_model()
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    rows, positions = where
+    head = causal.get_output_embeddings()
+    scores = token_log_probs(hidden[rows, positions - 1], head.weight, ids[rows, positions], temperature)
+    return Scores(*scores)
+
+
 @torch.no_grad()
 def score_rows(policy: Any, rows: Sequence[Sequence[int]], temperature: float) -> list[list[float]]:
     """Teacher-forced log-probs of each row from its second token on: len(row) - 1 values per row."""
     result = [[0.0] * (len(row) - 1) for row in rows]
+    plain = packs(policy.get_base_model().config)
+    if plain:
+        attend(policy, as_trie=True)
     for chunk in _chunks(rows):
-        if packs(policy.get_base_model().config):
+        if plain:
             device = next(policy.parameters()).device
             plan = plan_tree([rows[i] for i in chunk], [[1] * len(rows[i]) for i in chunk], device)
             scores = score_tree(policy, plan, temperature).log_probs.tolist()

@@ -13,22 +13,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from workers.batch import TrainingRow, read_batch
-from workers.messages import Message, Progress, ProtocolError, Published, Ready, Start, Step, StepDone, Stop
+from workers.messages import Progress, ProtocolError, Published, Ready, Start, Step, StepDone, Stop
 from workers.trainer import grpo, model, publish, scoring, snapshot
-
-
-class Channel(Protocol):
-    """What a session needs of the pipe."""
-
-    def receive(self) -> Message: ...
-
-    def send(self, message: Message) -> None: ...
+from workers.trainer.importance import Limits
+from workers.trainer.world import Channel, RanksDiverged, World
 
 
 class Stopped(Exception):
@@ -44,9 +38,14 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
         channel: Channel,
         clock: Callable[[], float] = time.monotonic,
         began: float | None = None,
+        world: World | None = None,
     ) -> None:
-        """`began` is when the process was started, on the same clock; `Ready` counts from there."""
+        """`began` is when the process was started, on the same clock; `Ready` counts from there.
+
+        Every rank of `world` runs a session over the same messages; only rank 0 writes to disk.
+        """
         self._start, self._channel, self._clock = start, channel, clock
+        self._world = world or World()
         self._began = clock() if began is None else began
         self._step_began = self._began
         self.step = 0
@@ -54,7 +53,9 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
     def run(self) -> None:
         """Returns after `Stop`; raises whatever went wrong."""
         start = self._start
-        torch.set_num_threads(start.threads)
+        torch.set_num_threads(max(1, start.threads // self._world.size))
+        if start.gpu_memory_share is not None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(start.gpu_memory_share)
         self._channel.send(Progress("load", 1, 3))
         self._canary: list[list[int]] = json.loads(Path(start.canary).read_text())
         policy = model.load_policy(start.model_path, start.dtype, start.lora, start.seed)
@@ -72,6 +73,8 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
                 lambda done, total: self._channel.send(Progress("update", done, total)),
                 self,
                 (optimizer, scheduler),
+                self._world,
+                start.gpu_memory_share,
             )
             try:
                 if remaining > 0:
@@ -91,6 +94,9 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         updated = self._clock()
+        self._compare_ranks()
+        if self._world.rank:
+            return
         adapter, canary_s, publication_s = self._publish()
         snapshot_began = self._clock()
         path, digest = snapshot.write_snapshot(Path(self._start.snapshots_dir), self.step, self._state)
@@ -112,6 +118,8 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
     def _begin(self) -> None:
         if self._start.snapshot:
             snapshot.restore_snapshot(Path(self._start.snapshot), self._state)
+        if self._world.rank:
+            return
         adapter, _, _ = self._publish()
         self._channel.send(Ready(self.step, adapter, self._clock() - self._began))
 
@@ -160,4 +168,12 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
             epsilon=start.epsilon,
             max_grad_norm=start.max_grad_norm,
             seed=start.seed,
+            beta=start.beta,
+            limits=Limits(start.importance_range, start.max_sequence_tv),
         )
+
+    def _compare_ranks(self) -> None:
+        """All ranks applied the same gradient to the same weights, so they hold the same bits."""
+        sums = torch.stack([p.detach().double().sum() for p in self._state.trained().values()])
+        if len(set(self._world.gather(sums.cpu().numpy().tobytes()))) > 1:
+            raise RanksDiverged(f"after step {self.step} the ranks' adapters differ")

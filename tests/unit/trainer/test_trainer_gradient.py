@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from workers.batch import TrainingRow
 from workers.messages import LoraSpec
-from workers.trainer import attention, grpo, layers, model, scoring
-from workers.trainer.budget import Budget
+from workers.trainer import attention, budget, grpo, layers, model, scoring
+from workers.trainer.importance import Limits
 
 HYPER = grpo.Hyperparameters(
     steps=1, learning_rate=1e-3, loss_type="dapo", temperature=1.0, epsilon=0.2, max_grad_norm=1e9, seed=0
@@ -49,20 +51,26 @@ def _randomise_b(policy: PeftModel) -> None:
 
 
 def update(
-    policy: PeftModel, rows: Sequence[TrainingRow], directory: Path, *, budget: int = 10_000, padded: bool = False
+    policy: PeftModel,
+    rows: Sequence[TrainingRow],
+    directory: Path,
+    *,
+    tokens: int = 10_000,
+    padded: bool = False,
+    hyper: grpo.Hyperparameters = HYPER,
 ) -> tuple[dict[str, Tensor], grpo.PackedGRPO]:
     gradients = _Gradients()
-    optimizers = grpo.make_optimizer(policy, HYPER.learning_rate)
-    trainer = grpo.PackedGRPO(policy, HYPER, str(directory), lambda: rows, lambda *_: None, gradients, optimizers)
-    trainer.budget = Budget(budget)
-    if padded:
-        trainer.packs = False
-        policy.get_base_model().set_attn_implementation("sdpa")
+    optimizers = grpo.make_optimizer(policy, hyper.learning_rate)
+    trainer = grpo.PackedGRPO(policy, hyper, str(directory), lambda: rows, lambda *_: None, gradients, optimizers)
+    trainer.budget = budget.Budget(tokens)
+    trainer.arrange = budget.padded if padded else budget.packed
     trainer.train()
     return gradients.taken, trainer
 
 
-def reference(path: Path, rows: Sequence[TrainingRow]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def reference(
+    path: Path, rows: Sequence[TrainingRow], hyper: grpo.Hyperparameters = HYPER
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(gradients, weights after the step): HF model, PEFT's own layers, one row at a time, the loss written out."""
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     torch.manual_seed(3)
@@ -71,15 +79,49 @@ def reference(path: Path, rows: Sequence[TrainingRow]) -> tuple[dict[str, Tensor
     policy.load_state_dict(source)
     total = sum(sum(row.mask[1:]) for row in rows)
     for row in rows:
-        log_all = torch.log_softmax(policy(input_ids=torch.tensor([row.ids])).logits[0, :-1], dim=-1)
-        new = log_all.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
-        ratio = (new - torch.tensor(row.log_probs[1:])).exp()
-        gain = torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage)
-        torch.autograd.backward([-(gain * torch.tensor(row.mask[1:])).sum() / total])
+        new = row_log_probs(policy, row)
+        with torch.no_grad(), policy.disable_adapter():
+            to_base = row_log_probs(policy, row) - new.detach()
+        kept = reference_mask(new.detach(), row, hyper.limits)
+        if not kept.any():
+            continue
+        loss = reference_loss(new, row, kept, hyper)
+        # The same value as k3 = e^x - x - 1 with x = base - policy; its derivative by the policy's log-prob is 1 - e^x.
+        kl = (1 - to_base.exp()) * new
+        torch.autograd.backward([((loss + hyper.beta * kl) * kept).sum() / total])
     trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     gradients = {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
-    torch.optim.AdamW(trained.values(), lr=HYPER.learning_rate, betas=(0.9, 0.99), weight_decay=0.0).step()
+    torch.optim.AdamW(trained.values(), lr=hyper.learning_rate, betas=(0.9, 0.99), weight_decay=0.0).step()
     return gradients, {n: p.detach().clone() for n, p in trained.items()}
+
+
+def row_log_probs(policy: PeftModel, row: TrainingRow) -> Tensor:
+    log_all = torch.log_softmax(policy(input_ids=torch.tensor([row.ids])).logits[0, :-1], dim=-1)
+    return log_all.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
+
+
+def reference_mask(new: Tensor, row: TrainingRow, limits: Limits) -> Tensor:
+    trained = torch.tensor(row.mask[1:], dtype=torch.bool)
+    ratio = (new - torch.tensor(row.log_probs[1:])).exp()
+    kept = trained.clone()
+    if limits.token:
+        kept &= (ratio >= limits.token[0]) & (ratio <= limits.token[1])
+    if limits.sequence and trained.any() and (ratio[trained] - 1).abs().mean() / 2 > limits.sequence:
+        kept[:] = False
+    return kept
+
+
+def reference_loss(new: Tensor, row: TrainingRow, kept: Tensor, hyper: grpo.Hyperparameters) -> Tensor:
+    """Per token; the clip's width is 0.2, VESPO's constants are TRL's defaults."""
+    a = row.advantage
+    ratio = (new - torch.tensor(row.log_probs[1:])).exp()
+    if hyper.loss_type == "dapo":
+        return -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    if hyper.loss_type == "cispo":
+        return -ratio.detach().clamp(max=1.2) * a * new
+    k, scale = (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+    w = ratio.detach()[kept].log().sum().clamp(math.log(1e-8), 20.0).exp()
+    return -(w**k * (scale * (1 - w)).exp()) * a * new
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -95,19 +137,27 @@ def with_own_log_probs(policy: PeftModel, rows: Sequence[TrainingRow]) -> list[T
     ]
 
 
+def with_noise(rows: Sequence[TrainingRow], deviation: float) -> list[TrainingRow]:
+    rng = random.Random(5)
+    return [
+        replace(r, log_probs=[p + m * rng.gauss(0, deviation) for p, m in zip(r.log_probs, r.mask, strict=True)])
+        for r in rows
+    ]
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-@pytest.mark.parametrize(("padded", "budget"), [(False, 10_000), (False, 150), (False, 70), (True, 200)])
-def test_one_update_is_the_update_of_plain_torch(family: str, padded: bool, budget: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("padded", "tokens"), [(False, 10_000), (False, 150), (False, 70), (True, 200)])
+def test_one_update_is_the_update_of_plain_torch(family: str, padded: bool, tokens: int, tmp_path: Path) -> None:
     path = save_model(tmp_path / "model", family)
     rows = with_own_log_probs(load(path), make_rows(1))
     policy = load(path)
-    gradients, trainer = update(policy, rows, tmp_path, padded=padded, budget=budget)
+    gradients, trainer = update(policy, rows, tmp_path, padded=padded, tokens=tokens)
     wanted, after = reference(path, rows)
     assert max(g.abs().max().item() for g in wanted.values()) > 1e-3
     assert difference(gradients, wanted) < 1e-6
     assert difference({n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}, after) < 1e-5
     metrics = trainer.diagnostics.metrics()
-    assert (metrics["micro_batches"] == 1) == (budget == 10_000)
+    assert (metrics["micro_batches"] == 1) == (tokens == 10_000)
     assert (metrics["forwarded_tokens"] < metrics["raw_tokens"]) != padded
 
 
@@ -143,7 +193,7 @@ def test_masked_tokens_carry_no_gradient(llama: Path, tmp_path: Path) -> None:
 def test_a_long_row_is_checkpointed_and_gives_the_same_gradient(llama: Path, tmp_path: Path) -> None:
     rows = make_rows(4)
     plain, _ = update(load(llama), rows, tmp_path)
-    saved, trainer = update(load(llama), rows, tmp_path, budget=20)
+    saved, trainer = update(load(llama), rows, tmp_path, tokens=20)
     assert trainer.model.get_base_model().is_activation_checkpointing
     assert difference(plain, saved) < 1e-6
 
@@ -160,21 +210,51 @@ def test_long_tails_and_deep_paths_take_calls_of_their_own(
 
 
 @pytest.mark.parametrize("loss", sorted(grpo.LOSSES))
-def test_every_offered_loss_takes_a_finite_step(
-    loss: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("padded", "tokens"), [(False, 10_000), (False, 90), (True, 200), (True, 40)])
+def test_every_loss_with_masks_and_kl_is_that_of_plain_torch(
+    loss: str, padded: bool, tokens: int, llama: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(f"{__name__}.HYPER", replace(HYPER, loss_type=loss))
-    gradients, trainer = update(load(llama), make_rows(6), tmp_path, budget=90)
-    assert 0 < trainer.grad_norm < float("inf")
-    assert all(torch.isfinite(g).all() for g in gradients.values())
+    hyper = replace(HYPER, loss_type=loss, beta=0.1, limits=Limits((0.5, 2.0), 0.25))
+    rows = with_noise(with_own_log_probs(load(llama), make_rows(6)), 0.6)
+    gradients, trainer = update(load(llama), rows, tmp_path, tokens=tokens, padded=padded, hyper=hyper)
+    wanted, _ = reference(llama, rows, hyper)
+    assert max(g.abs().max().item() for g in wanted.values()) > 1e-4
+    assert difference(gradients, wanted) < 1e-6
+    for without in (replace(hyper, beta=0.0), replace(hyper, limits=Limits())):  # each part is felt
+        assert difference(gradients, reference(llama, rows, without)[0]) > 1e-5
+    metrics = trainer.diagnostics.metrics()
+    assert 0 < metrics["masked_sequence_share"] < 1
+    assert metrics["masked_sequence_share"] < metrics["masked_token_share"] < 1
 
 
-def test_a_loss_that_averages_micro_batches_is_refused(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"{__name__}.HYPER", replace(HYPER, loss_type="grpo"))
+def test_a_model_that_does_not_pack_takes_trls_head_and_the_same_gradient(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model", "mistral", window=500)
+    hyper = replace(HYPER, beta=0.1, limits=Limits((0.5, 2.0), 0.25), temperature=1.0)
+    rows = with_noise(with_own_log_probs(load(path), make_rows(6)), 0.6)
+    policy = load(path)
+    assert not model.packs(policy.get_base_model().config)
+    gradients, _ = update(policy, rows, tmp_path, tokens=200, padded=True, hyper=hyper)
+    assert difference(gradients, reference(path, rows, hyper)[0]) < 1e-6
+
+
+def test_a_batch_of_which_everything_is_masked_is_refused(llama: Path, tmp_path: Path) -> None:
+    hyper = replace(HYPER, limits=Limits((0.99, 1.01), None))
+    with pytest.raises(grpo.NothingKept, match="sampler and trainer disagree"):
+        update(load(llama), [replace(r, log_probs=[-60.0] * len(r.ids)) for r in make_rows(6)], tmp_path, hyper=hyper)
+
+
+def test_a_masked_ratio_beyond_all_numbers_leaves_the_rest_alone(llama: Path, tmp_path: Path) -> None:
+    hyper = replace(HYPER, limits=Limits((0.5, 2.0), None))
+    rows = with_own_log_probs(load(llama), make_rows(6))
+    wild = [replace(rows[0], log_probs=[-500.0 * m for m in rows[0].mask]), *rows[1:]]
+    gradients, trainer = update(load(llama), wild, tmp_path, hyper=hyper)
+    assert difference(gradients, reference(llama, wild, hyper)[0]) < 1e-6
+    assert trainer.diagnostics.metrics()["masked_token_share"] > 0
+
+
+def test_a_loss_that_averages_micro_batches_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(grpo.UnknownLoss, match="grpo"):
-        update(load(llama), make_rows(6), tmp_path)
+        update(load(llama), make_rows(6), tmp_path, hyper=replace(HYPER, loss_type="grpo"))
 
 
 def test_a_batch_without_a_trained_token_is_refused(llama: Path, tmp_path: Path) -> None:

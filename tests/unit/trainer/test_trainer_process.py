@@ -67,6 +67,20 @@ def test_it_trains_answers_and_leaves_on_stop(llama: Path, tmp_path: Path) -> No
         assert child.process.wait(30) == 0
 
 
+def test_nothing_is_sent_home_and_no_other_launcher_is_believed() -> None:
+    code = (
+        "from workers.trainer.__main__ import prepare_process; prepare_process(0); import os; "
+        "from huggingface_hub import constants as c; from accelerate import PartialState; "
+        "assert c.HF_HUB_DISABLE_TELEMETRY and c.HF_HUB_OFFLINE; assert PartialState().num_processes == 1; "
+        "print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    foreign = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3,4"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **foreign}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout.strip(), done.returncode) == ("3", 0), done.stderr
+
+
 def test_end_of_file_kills_the_whole_group_at_once(llama: Path, tmp_path: Path) -> None:
     with trainer(tmp_path / "log") as child:
         child.send(make_start(tmp_path, llama))

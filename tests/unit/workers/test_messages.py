@@ -28,6 +28,10 @@ any_message = st.one_of(
         names,
         st.integers(),
         snapshot=st.none() | names,
+        importance_range=st.none() | st.tuples(numbers, numbers),
+        max_sequence_tv=st.none() | numbers,
+        beta=numbers,
+        processes=st.integers(),
     ),
     st.builds(Step, st.integers(), names, names),
     st.just(messages.Stop()),
@@ -81,6 +85,7 @@ PUBLISHED = {"version": 0, "name": "a", "path": "p", "sha256": "s", "canary_log_
         json.dumps({**READY, "adapter": {**PUBLISHED, "more": 1}}).encode(),
         json.dumps({**READY, "adapter": {"version": 0}}).encode(),
         json.dumps({"type": "Start", "lora": {"rank": 1}}).encode(),
+        json.dumps({"type": "Start", "importance_range": 3}).encode(),
         json.dumps({"type": "Start", "lora": {**LORA, "targets": 3}}).encode(),
     ],
 )
