@@ -60,6 +60,7 @@ async def test_a_running_job_pauses_at_once_and_goes_on_from_its_last_step(
     assert (paused.status, paused.finished_at) == ("paused", None)
     assert paused.to_dict()["hone"]["rollouts"]["states"] == {"cancelled": 1, "trained": 1}
     assert paused.to_dict()["hone"]["activity"]["text"] == "paused by a client"
+    assert paused.to_dict()["hone"]["attempt"] == claimed.fence.attempt + 1
     assert not leases.renew(create_sync(database.url), claimed.fence, 60)
     assert client.fine_tuning.jobs.resume(claimed.job.id).status == "queued"
     again = await claim(database, claimed.job.id)
