@@ -1,54 +1,254 @@
-"""Make a version the served one, and prove it, before anything is sampled from it.
+"""Make a version the served one: check its files, load it into every sampler, prove it there; only then is it used.
 
-Does not cover: writing the adapter (the trainer), nor telling version N from N-1 below the noise of the precision.
+Does not cover: writing the adapter (the trainer), the gates (`workers.sampler.proof`), where it is loaded
+(`workers.sampler.policy`). A name and a path are never used twice, so a second try is a copy under a name of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from app.samplers.service import Adapter
 from workers.messages import Published
 from workers.sampler.policy import ServedPolicy
-from workers.sampler.proof import Match, compare, limit_for
+from workers.sampler.proof import Unproved
+from workers.sampler.proof.canary import Canary
+from workers.sampler.proof.evidence import Proof, Seen, Trained, look
+from workers.sampler.proof.files import AdapterFiles, BrokenAdapter
+from workers.sampler.proof.gates import Scores
+from workers.sampler.station import Station
 from workers.setup import JobFailure
 
 log = logging.getLogger("hone.publication")
 
+LOOKS = 2  # at one loaded adapter, before it is given up
+COPIES = 1  # fresh directories under fresh names that are tried after that
+COPY_PAUSE_S = 1.0
+
+
+class PublicationUnproved(JobFailure):
+    """No sampler could be shown to serve this version; `detail` has the figures. The job should pause, not fail."""
+
+    def __init__(self, message: str, detail: Mapping[str, Any]) -> None:
+        super().__init__("policy_mismatch", message, None, detail)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A version that may be used. `refused`: samplers that do not serve it, with the reason; worth a warning."""
+
+    version: int
+    name: str
+    path: str
+    proofs: Sequence[Proof]
+    refused: Mapping[str, str]
+    copies: int
+    seconds: Mapping[str, float]  # validate, load, quiet, canary, total
+
+    @property
+    def unresolved(self) -> str | None:
+        """What could not be proved and why, as one sentence; None when every gate had something to say."""
+        return next((proof.unresolved for proof in self.proofs if proof.unresolved), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the metrics event: `gates` are those of the sampler that is farthest from the trainer."""
+        worst = max(self.proofs, key=lambda proof: proof.gate_a.mean_abs)
+        return {
+            "version": self.version,
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+            "gates": worst.as_dict(),
+            "samplers": len(self.proofs),
+            "refused": dict(self.refused),
+            "copies": self.copies,
+            "unresolved": self.unresolved,
+        }
+
 
 class Publisher:
-    """One per run. `dtypes`: compute types of sampler and trainer, which decide what the proof can resolve."""
+    """One per run; it is the policy's prover from then on, also for samplers that come later.
 
-    def __init__(self, policy: ServedPolicy, canary: Sequence[Sequence[int]], dtypes: tuple[str, str]) -> None:
+    `dtypes`: compute types of sampler and trainer, which decide what the proof can resolve; a sampler that states its
+    own is believed. `files`: what a version's directory must hold. `memory`: a file that keeps the trainer's scores of
+    version 0 for later attempts, which start above it and would have nothing to calibrate by.
+    """
+
+    def __init__(
+        self,
+        policy: ServedPolicy,
+        canary: Sequence[Sequence[int]],
+        dtypes: tuple[str, str],
+        *,
+        files: AdapterFiles | None = None,
+        memory: Path | None = None,
+    ) -> None:
         self._policy = policy
-        self._canary = canary
+        self._canary = Canary(canary)
         self._dtypes = dtypes
-        self._mismatch_of_v0: float | None = None
+        self._files = files
+        self._memory = memory
+        self._key = hashlib.sha256(json.dumps([list(map(list, canary)), dtypes[1]]).encode()).hexdigest()
+        self._trained = Trained()
+        self._seen: dict[tuple[str, float], Seen] = {}
+        self._proofs: dict[tuple[str, str], Proof] = {}  # sampler id, adapter name
+        policy.prover = self._prove
 
-    async def publish(self, adapter: Published) -> Match:
-        """Load into every live sampler, then compare its log-probs on the canary with the trainer's.
+    async def publish(self, adapter: Published) -> Publication:
+        """Check, load and prove. Raises `PublicationUnproved`, and `SamplerError` when no sampler comes in time."""
+        began = time.monotonic()
+        version = adapter.version
+        await self._check(adapter)
+        await self._note(adapter)
+        validated = time.monotonic()
+        served, copies = Adapter(adapter.name, adapter.path), 0
+        while True:
+            try:
+                await self._policy.publish(version, served)
+                break
+            except Unproved as error:
+                log.error("%s: %s", served.name, error)
+                if copies == COPIES:
+                    await self._policy.retire(version)
+                    raise PublicationUnproved(
+                        f"Version {version} was published {copies + 1} times and is not used: {error}",
+                        {"version": version, "sampler": error.sampler, "reason": error.reason, **error.figures},
+                    ) from error
+                copies += 1
+                served = await self._again(adapter, served, copies)
+        self._trained.keep(self._policy.versions())
+        found = self._publication(adapter.version, served, copies, began, validated)
+        log.info("published %s: %s", served.name, found.as_dict())
+        return found
 
-        Raises `JobFailure` (policy_mismatch) when they do not agree; version 0 must equal the base model as well.
+    async def recheck(self, version: int) -> dict[str, str]:
+        """Does every sampler still answer as when `version` was proved? By sampler id: "same" or why nobody knows.
+
+        Raises `PublicationUnproved` when the content behind the name changed.
         """
-        await self._policy.publish(adapter.version, Adapter(adapter.name, adapter.path))
-        trained = json.loads(await asyncio.to_thread(Path(adapter.canary_log_probs).read_text))
-        served = await self._policy.score(adapter.name, self._canary)
-        limit = limit_for(*self._dtypes, self._mismatch_of_v0)
-        match = compare(served, trained, limit)
-        if adapter.version == 0:
-            base = compare(await self._policy.score(self._policy.base_model, self._canary), served, limit)
-            _require(base, "version 0 (B = 0) does not equal the base model")
-            self._mismatch_of_v0 = match.mean_abs
-        _require(match, f"the sampler's version {adapter.version} is not the trainer's")
-        log.info("published %s: %s", adapter.name, match.as_dict())
-        return match
+        name, found = self._trained.names[version], {}
+        for station in self._policy.stations(version):
+            seen = self._seen.get(_life(station), Seen()).prints.get(name)
+            if seen is None:
+                found[station.sampler.id] = "no fingerprint was taken"
+                continue
+            async with self._canary.alone(station) as quiet:
+                now = await self._canary.score(station, name, quiet) if quiet.held else None
+            if now is None or quiet.why_not is not None:
+                found[station.sampler.id] = quiet.why_not or "not taken"
+            elif list(map(list, now)) != list(map(list, seen.served)):
+                raise PublicationUnproved(
+                    f"The sampler's answers as {name} changed since it was proved",
+                    {"version": version, "sampler": station.sampler.url, "reason": "content changed behind the name"},
+                )
+            else:
+                found[station.sampler.id] = "same"
+        return found
+
+    # --- the proof on one sampler -----------------------------------------------------------------------------------
+
+    async def _prove(self, station: Station, version: int, adapter: Adapter) -> None:
+        """The policy's prover."""
+        self._trained.names[version] = adapter.name
+        seen = self._seen.setdefault(_life(station), Seen())
+        dtypes = (str(station.sampler.info.get("dtype", self._dtypes[0])), self._dtypes[1])
+        for _ in range(LOOKS):
+            proof = await look(station, version, self._canary, self._trained, seen, dtypes, self._policy.base_model)
+            if not proof.failures:
+                break
+            log.warning("%s at %s: %s", adapter.name, station.sampler.url, "; ".join(proof.failures))
+            seen.prints.pop(adapter.name, None)
+        else:
+            raise Unproved("; ".join(proof.failures), sampler=station.sampler.url, figures={"gates": proof.as_dict()})
+        self._proofs[(station.sampler.id, adapter.name)] = proof
+
+    # --- before and after -------------------------------------------------------------------------------------------
+
+    async def _check(self, adapter: Published) -> None:
+        if self._files is None:
+            return
+        try:
+            await asyncio.to_thread(self._files.check, Path(adapter.path), adapter.sha256)
+        except BrokenAdapter as error:
+            raise PublicationUnproved(
+                f"Version {adapter.version} was not loaded: {error}", {"version": adapter.version, "reason": str(error)}
+            ) from error
+
+    async def _note(self, adapter: Published) -> None:
+        """The trainer's own scores; version 0's are kept for later attempts."""
+        scores: Scores = json.loads(await asyncio.to_thread(Path(adapter.canary_log_probs).read_text))
+        if adapter.version == 0 and self._memory is not None:
+            await asyncio.to_thread(_write, self._memory, {"canary": self._key, "scores": scores})
+        elif 0 not in self._trained.scores and self._memory is not None:
+            kept = await asyncio.to_thread(_read, self._memory)
+            if kept.get("canary") == self._key:
+                # Version 0 is not served in this attempt; the base is, and equals it.
+                self._trained.scores[0], self._trained.names[0] = kept["scores"], self._policy.base_model
+        self._trained.scores[adapter.version] = scores
+        self._trained.names[adapter.version] = adapter.name
+
+    async def _again(self, adapter: Published, failed: Adapter, copy: int) -> Adapter:
+        """The same files under a new name and path; the failed ones go."""
+        fresh = Adapter(f"{adapter.name}-r{copy}", f"{adapter.path}-r{copy}")
+        await asyncio.sleep(COPY_PAUSE_S)
+        await asyncio.to_thread(shutil.copytree, failed.path, fresh.path)
+        await self._policy.retire(adapter.version)
+        await self._check(replace(adapter, path=fresh.path))
+        return fresh
+
+    def _publication(self, version: int, served: Adapter, copies: int, began: float, validated: float) -> Publication:
+        proofs = [
+            self._proofs[(station.sampler.id, served.name)]
+            for station in self._policy.stations(version)
+            if (station.sampler.id, served.name) in self._proofs
+        ]
+        names = {served.name, *self._trained.names.values()}
+        self._proofs = {key: proof for key, proof in self._proofs.items() if key[1] in names}
+        ended = time.monotonic()
+        seconds = {
+            phase: max((proof.seconds.get(phase, 0.0) for proof in proofs), default=0.0)
+            for phase in ("quiet", "canary")
+        }
+        return Publication(
+            version=version,
+            name=served.name,
+            path=served.path,
+            proofs=proofs,
+            refused={sampler: error.reason for sampler, error in self._policy.refusals(version).items()},
+            copies=copies,
+            seconds={
+                "validate": validated - began,
+                "load": max(0.0, ended - validated - sum(seconds.values())),
+                **seconds,
+                "total": ended - began,
+            },
+        )
 
 
-def _require(match: Match, otherwise: str) -> None:
-    if not match.holds:
-        figures = f"mean |difference| {match.mean_abs:.4g} over {match.tokens} tokens, limit {match.limit:.4g}"
-        raise JobFailure("policy_mismatch", f"{otherwise}: {figures}", None, match.as_dict())
+def _life(station: Station) -> tuple[str, float]:
+    """A sampler from one start to the next."""
+    return station.sampler.id, station.sampler.started_at
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty when nothing was kept or it cannot be read: then the fixed limits hold."""
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from app.net.clients import CONNECT_TIMEOUT_S, HttpClient, TimeoutException, TransportError
-from app.samplers.errors import ModelNotServed, SamplerMisbehaved, SamplerRejected, SamplerUnavailable
+from app.samplers.errors import AdapterRefused, ModelNotServed, SamplerMisbehaved, SamplerRejected, SamplerUnavailable
 
 PROBE_TIMEOUT_S = 5.0
 ADAPTER_TIMEOUT_S = 120.0  # a load merges the adapter into a copy of the weights in the built-in engine
@@ -51,6 +51,7 @@ class Completion:
     stop_reason: int | str | None  # None for the end-of-sequence token
     prompt_tokens: int
     cached_tokens: int | None
+    sampler: str | None = None  # which one answered, where the caller knows several
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class SamplerClient:
         """What the server says about itself; the built-in engine tells dtype and speed, vLLM its version."""
         return await self._call("GET", "/version", None, PROBE_TIMEOUT_S)
 
+    async def metrics(self) -> str:
+        """The Prometheus text of the server; `app.samplers.metrics` reads it."""
+        return (await self._send("GET", "/metrics", None, PROBE_TIMEOUT_S)).decode("utf-8", "replace")
+
     async def complete(self, request: CompletionRequest) -> Completion:
         """Sample one completion. Raises the errors of `app.samplers.errors`; a deadline is SamplerUnavailable."""
         body: dict[str, Any] = _fields(request.model, request.prompt_ids, request.max_tokens) | {
@@ -113,7 +118,7 @@ class SamplerClient:
         if request.request_id is not None:
             body["request_id"] = request.request_id
         answer = await self._call("POST", "/v1/completions", body, request.timeout_s)
-        choice = self._choice(answer, request.model)
+        choice = self._choice(answer, request.model, body["prompt"])
         ids, log_probs = self._sampled(choice)
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length", "abort"):
@@ -137,7 +142,7 @@ class SamplerClient:
         """Teacher-forced log-probs of `ids[1:]` under `model`: len(ids) - 1 values. Bypasses the prefix cache."""
         body = _fields(model, ids, 1) | {"prompt_logprobs": 0}
         answer = await self._call("POST", "/v1/completions", body, timeout_s)
-        choice = self._choice(answer, model)
+        choice = self._choice(answer, model, body["prompt"])
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             raise self._misbehaved(f"prompt_logprobs does not have {len(ids)} entries")
@@ -153,9 +158,15 @@ class SamplerClient:
         """Give the adapter in `path` (as the server sees it) a name that was never used before.
 
         A name that exists is SamplerRejected, a path that does not is ModelNotServed; files that the server finds
-        broken are SamplerUnavailable, since 500 is what vLLM answers.
+        broken are AdapterRefused: a 500 as vLLM answers it, from a server that is still well.
         """
-        await self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, ADAPTER_TIMEOUT_S)
+        body = {"lora_name": name, "lora_path": path}
+        try:
+            await self._send("POST", "/v1/load_lora_adapter", body, ADAPTER_TIMEOUT_S)
+        except SamplerUnavailable as error:
+            if error.status == 500 and await self.health():
+                raise AdapterRefused(error.reason, url=self.base_url, status=500) from error
+            raise
 
     async def unload_adapter(self, name: str) -> None:
         """Take the name away; requests in flight finish on its weights. An unknown name is ModelNotServed."""
@@ -193,14 +204,17 @@ class SamplerClient:
             if "not JSON compliant" in message:
                 raise SamplerMisbehaved(text, url=self.base_url)
             raise SamplerRejected(text, url=self.base_url, param=param)
-        raise SamplerUnavailable(text, url=self.base_url)
+        raise SamplerUnavailable(text, url=self.base_url, status=status)
 
-    def _choice(self, answer: Mapping[str, Any], model: str) -> dict[str, Any]:
+    def _choice(self, answer: Mapping[str, Any], model: str, prompt: list[int]) -> dict[str, Any]:
         if answer.get("model") != model:
             raise self._misbehaved(f"asked for the model {model!r}, answered by {answer.get('model')!r}")
         choices = _field(answer, "choices", list, self.base_url)
         if len(choices) != 1 or not isinstance(choices[0], dict):
             raise self._misbehaved(f"{len(choices)} choices instead of one")
+        seen = choices[0].get("prompt_token_ids")
+        if seen is not None and seen != prompt:
+            raise self._misbehaved("prompt_token_ids are not the ids that were sent")
         return choices[0]
 
     def _sampled(self, choice: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:

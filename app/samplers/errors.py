@@ -2,8 +2,10 @@
 
 SamplerError
 ├─ SamplerUnavailable   connection, protocol, deadline or 5xx: send a fresh request to a healthy engine
-│  └─ SamplerGone       its row is gone: the keeper stopped or replaced it
+│  ├─ SamplerGone       its row is gone: the keeper stopped or replaced it
+│  └─ AdapterRefused    a healthy engine cannot load these files: asking again changes nothing
 ├─ ModelNotServed       404 on the model: the adapter is not loaded (a restarted server has lost every one)
+├─ AdapterNotVisible    404 on the path: sampler and trainer do not share the directory, or not under this name
 ├─ SamplerRejected      400: the request is wrong and stays wrong; `param` names the field
 └─ SamplerMisbehaved    an answer that breaks the protocol: nothing in it may be trained on
 
@@ -16,11 +18,16 @@ class SamplerError(Exception):
 
     def __init__(self, message: str, *, url: str) -> None:
         super().__init__(f"{message} ({url})")
+        self.reason = message
         self.url = url
 
 
 class SamplerUnavailable(SamplerError):
-    pass
+    """`status` is the answer's, where there was one."""
+
+    def __init__(self, message: str, *, url: str, status: int | None = None) -> None:
+        super().__init__(message, url=url)
+        self.status = status
 
 
 class SamplerGone(SamplerUnavailable):
@@ -28,8 +35,18 @@ class SamplerGone(SamplerUnavailable):
         super().__init__("the sampler was stopped or replaced", url=sampler_id)
 
 
+class AdapterRefused(SamplerUnavailable):
+    pass
+
+
 class ModelNotServed(SamplerError):
     pass
+
+
+class AdapterNotVisible(SamplerError):
+    def __init__(self, ours: str, theirs: str, *, url: str) -> None:
+        where = f"{theirs} there, {ours} here" if theirs != ours else f"{ours}, there as here"
+        super().__init__(f"the sampler does not find the adapter directory ({where})", url=url)
 
 
 class SamplerRejected(SamplerError):

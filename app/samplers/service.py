@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from app.core.settings import Settings
@@ -19,7 +20,13 @@ from app.db.engine import Database
 from app.net.clients import operator_client
 from app.samplers import repository
 from app.samplers.client import SamplerClient
-from app.samplers.errors import ModelNotServed, SamplerGone, SamplerRejected
+from app.samplers.errors import (
+    AdapterNotVisible,
+    ModelNotServed,
+    SamplerGone,
+    SamplerRejected,
+    SamplerUnavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ class LiveSampler:
     max_loras: int
     started_at: float
     info: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    adapter_root: str = ""  # our data directory as this sampler sees it; empty: under the same path
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,14 @@ class Samplers:
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
+        self._root = settings.root
         self._http = operator_client(timeout_s=600.0)
         self._clients: dict[str, SamplerClient] = {}
         self._live: dict[str, tuple[float, list[LiveSampler]]] = {}
         self._wanted: dict[str, float] = {}
         self._pins: dict[tuple[str, str, str], float] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._turn = 0
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -102,7 +112,9 @@ class Samplers:
                 return found
             async with self._database.read() as session:
                 rows = await repository.live(session, base_model)
-            found = [LiveSampler(r.id, r.url, r.base_model, r.max_loras, r.started_at, r.info) for r in rows]
+            found = [
+                LiveSampler(r.id, r.url, r.base_model, r.max_loras, r.started_at, r.info, r.adapter_root) for r in rows
+            ]
             self._live[base_model] = (time.monotonic(), found)
             return found
 
@@ -144,21 +156,50 @@ class Samplers:
             raise NoSampler(
                 f"no sampler for {base_model} is running" + (f": {error}" if error else "; one is starting")
             )
-        sampler = next((s for s in samplers if s.id not in avoid), samplers[0])
-        client = self.client(sampler)
+        fresh = [s for s in samplers if s.id not in avoid] or samplers
         if adapter is None:
-            return Lease(client, base_model, sampler)
-        key = (sampler.id, adapter.name, holder)
-        if self._pins.get(key, 0.0) - time.monotonic() < RENEW_BELOW_S:
-            async with self._locks.setdefault(sampler.id, asyncio.Lock()):
-                if self._pins.get(key, 0.0) - time.monotonic() < RENEW_BELOW_S:
-                    try:
-                        await self._load_and_pin(sampler, adapter, holder)
-                    except SamplerGone as error:  # since the answer of `live`
-                        self.forget(sampler)
-                        raise NoSampler(str(error)) from error
-                    self._pins[key] = time.monotonic() + PIN_S
-        return Lease(client, adapter.name, sampler)
+            self._turn += 1
+            sampler = fresh[self._turn % len(fresh)]
+            return Lease(self.client(sampler), base_model, sampler)
+        for sampler in fresh:
+            if self._is_pinned(sampler, adapter, holder):  # costs no query
+                return Lease(self.client(sampler), adapter.name, sampler)
+        failure: NoSampler | SamplerUnavailable | None = None
+        for sampler in await self._by_room(fresh, adapter) if len(fresh) > 1 else fresh:
+            try:
+                return await self._lease(sampler, adapter, holder)
+            except (NoSampler, SamplerUnavailable) as error:  # full, gone or dead: the next may do
+                failure = error
+        assert failure is not None
+        raise failure
+
+    async def _by_room(self, samplers: list[LiveSampler], adapter: Adapter) -> list[LiveSampler]:
+        """Those that hold the adapter, then those with an empty slot, then those where another must go."""
+        ranks: dict[str, int] = {}
+        async with self._database.read() as session:
+            for sampler in samplers:
+                if await repository.loaded(session, sampler.id, adapter.name) is not None:
+                    ranks[sampler.id] = 0
+                    continue
+                reserved = await repository.reserved_but_unused(session, sampler.id, sampler.base_model)
+                taken = await repository.adapter_count(session, sampler.id) + reserved
+                ranks[sampler.id] = 1 if taken < sampler.max_loras else 2
+        return sorted(samplers, key=lambda sampler: ranks[sampler.id])
+
+    async def _lease(self, sampler: LiveSampler, adapter: Adapter, holder: str) -> Lease:
+        async with self._locks.setdefault(sampler.id, asyncio.Lock()):
+            if not self._is_pinned(sampler, adapter, holder):
+                try:
+                    await self._load_and_pin(sampler, adapter, holder)
+                except SamplerGone as error:  # since the answer of `live`
+                    self.forget(sampler)
+                    raise NoSampler(str(error)) from error
+                self._pins[(sampler.id, adapter.name, holder)] = time.monotonic() + PIN_S
+        return Lease(self.client(sampler), adapter.name, sampler)
+
+    def _is_pinned(self, sampler: LiveSampler, adapter: Adapter, holder: str) -> bool:
+        until = self._pins.get((sampler.id, adapter.name, holder), 0.0)
+        return until - time.monotonic() >= RENEW_BELOW_S
 
     async def _load_and_pin(self, sampler: LiveSampler, adapter: Adapter, holder: str) -> None:
         async with self._database.begin() as session:
@@ -168,7 +209,7 @@ class Samplers:
                 return
             reserved = await repository.reserved_but_unused(session, sampler.id, sampler.base_model)
         await self.make_room(sampler, adapter.name, keep_free=reserved)
-        await load(self.client(sampler), adapter)
+        await self.load(sampler, adapter)
         async with self._database.begin() as session:
             await repository.add_adapter(session, sampler.id, adapter.name, adapter.path)
             await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
@@ -191,6 +232,24 @@ class Samplers:
             with contextlib.suppress(ModelNotServed):  # not there is what was wanted
                 await self.client(sampler).unload_adapter(victim.name)
 
+    async def load(self, sampler: LiveSampler, adapter: Adapter) -> bool:
+        """Load `adapter` under its name, by the path the sampler sees; False when it was there already.
+
+        There under the same name *and* path is success, since neither is ever reused. Raises `AdapterNotVisible` and
+        the errors of the client.
+        """
+        client, path = self.client(sampler), seen_path(adapter.path, self._root, sampler.adapter_root)
+        try:
+            await client.load_adapter(adapter.name, path)
+        except SamplerRejected:
+            served = {model.id: model.root for model in await client.models()}
+            if served.get(adapter.name) != path:
+                raise
+            return False
+        except ModelNotServed as error:
+            raise AdapterNotVisible(adapter.path, path, url=sampler.url) from error
+        return True
+
     async def lost_adapter(self, sampler: LiveSampler, name: str) -> None:
         """The sampler says it does not serve `name`, whatever its rows say: load it again next time."""
         self.forget(sampler)
@@ -204,14 +263,11 @@ class Samplers:
             del self._pins[key]
 
 
-async def load(client: SamplerClient, adapter: Adapter) -> None:
-    """Load `adapter`; already there under the same name *and* path is success, since neither is ever reused."""
-    try:
-        await client.load_adapter(adapter.name, adapter.path)
-    except SamplerRejected:
-        served = {model.id: model.root for model in await client.models()}
-        if served.get(adapter.name) != adapter.path:
-            raise
+def seen_path(path: str, ours: Path, theirs: str) -> str:
+    """`path` as a sampler sees it that has our data directory `ours` at `theirs`; elsewhere paths are the same."""
+    if not theirs or Path(theirs) == ours or not Path(path).is_relative_to(ours):
+        return path
+    return str(Path(theirs) / Path(path).relative_to(ours))
 
 
-__all__ = ["Adapter", "Lease", "LiveSampler", "NoSampler", "Samplers", "load"]
+__all__ = ["Adapter", "Lease", "LiveSampler", "NoSampler", "Samplers", "seen_path"]

@@ -17,7 +17,7 @@ from app.samplers.service import LiveSampler, Samplers
 
 
 class FakeEngine:
-    """`slots` adapters at most; `dead` answers nothing; `before` runs at the start of each completion."""
+    """`slots` adapters at most; `dead` answers nothing; `before` may answer a completion, `scores` scores."""
 
     def __init__(self, url: str, slots: int = 8) -> None:
         self.url = url
@@ -27,6 +27,10 @@ class FakeEngine:
         self.requests: list[CompletionRequest] = []
         self.dead = False
         self.before: Callable[[CompletionRequest], Awaitable[Completion | None]] | None = None
+        self.scores: Callable[[str, Sequence[int]], Awaitable[Sequence[float]]] | None = None
+        self.hidden: set[str] = set()  # paths that this host does not have
+        self.others = 0  # requests of somebody else in flight
+        self.generated = 0  # tokens, as its counter has them
 
     def _alive(self) -> None:
         if self.dead:
@@ -46,6 +50,8 @@ class FakeEngine:
             raise SamplerRejected(f"{name} is loaded", url=self.url, param="lora_name")
         if len(self.adapters) >= self.slots:
             raise SamplerRejected("no free slot", url=self.url, param=None)
+        if path in self.hidden:
+            raise ModelNotServed("no adapter found", url=self.url)
         self.adapters[name] = path
 
     async def unload_adapter(self, name: str) -> None:
@@ -65,7 +71,16 @@ class FakeEngine:
 
     async def score(self, model: str, ids: Sequence[int]) -> list[float]:
         self._alive()
+        self.generated += 1
+        if self.scores is not None:
+            return list(await self.scores(model, ids))
         return [-1.0] * (len(ids) - 1)
+
+    async def metrics(self) -> str:
+        self._alive()
+        figures = {"num_requests_running": self.others, "num_requests_waiting": 0}
+        figures["generation_tokens_total"] = self.generated
+        return "".join(f"vllm:{name} {value}\n" for name, value in figures.items())
 
 
 def answer_of(request: CompletionRequest, finish: Any = "stop") -> Completion:
@@ -82,7 +97,9 @@ class FakeSamplers(Samplers):
     def client(self, sampler: LiveSampler) -> Any:
         return self.engines[sampler.url]
 
-    async def add(self, name: str, *, slots: int = 8, age_s: float = 0.0, base_model: str = "tiny") -> FakeEngine:
+    async def add(
+        self, name: str, *, slots: int = 8, age_s: float = 0.0, base_model: str = "tiny", root: str = ""
+    ) -> FakeEngine:
         """Register a running sampler whose last heartbeat is `age_s` old."""
         engine = self.engines[f"http://{name}"] = FakeEngine(f"http://{name}", slots)
         async with self._database.begin() as session:
@@ -93,7 +110,7 @@ class FakeSamplers(Samplers):
                     base_model=base_model,
                     url=engine.url,
                     host="here",
-                    adapter_root="/",
+                    adapter_root=root,
                     max_loras=slots,
                     info={},
                     started_at=now(),

@@ -1,50 +1,156 @@
-"""The proof that the served policy is the trained one."""
+"""The arithmetic of the three gates."""
 
 from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 
-from workers.sampler.proof import BF16_LIMIT, FP32_LIMIT, compare, limit_for
+from workers.sampler.proof.gates import (
+    EXACT,
+    NARROWEST,
+    UNCALIBRATED,
+    Bands,
+    Match,
+    Scores,
+    Taken,
+    Verdict,
+    bands_for,
+    compare,
+    fingerprint,
+    project,
+)
+
+
+def scores(seed: int, tokens: int = 300) -> list[list[float]]:
+    chance = random.Random(seed)
+    return [[-chance.expovariate(0.5) for _ in range(tokens)]]
+
+
+def near(base: Scores, sd: float, seed: int = 9) -> list[list[float]]:
+    chance = random.Random(seed)
+    return [[value + chance.gauss(0.0, sd) for value in row] for row in base]
+
+
+# --- gate A ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_numbers_hold_exactly() -> None:
-    match = compare([[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0]], FP32_LIMIT)
+    match = compare([[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0]], EXACT)
     assert (match.tokens, match.mean_abs, match.max_abs, match.k3, match.holds) == (3, 0.0, 0.0, 0.0, True)
 
 
 def test_the_figures_are_over_all_tokens() -> None:
-    match = compare([[-1.0, -2.0], [-3.0]], [[-1.0, -2.3], [-3.0]], 0.1)
+    match = compare([[-1.0, -2.0], [-3.0]], [[-1.0, -2.3], [-3.0]], UNCALIBRATED)
     assert match.mean_abs == pytest.approx(0.1)
     assert match.max_abs == pytest.approx(0.3)
+    assert match.rms == pytest.approx(0.3 / math.sqrt(3))
     assert match.k3 == pytest.approx((math.exp(0.3) - 1 - 0.3) / 3)
 
 
 @pytest.mark.parametrize(("difference", "holds"), [(0.0009, True), (0.0011, False), (-0.0011, False)])
-def test_the_limit_decides(difference: float, holds: bool) -> None:
-    assert compare([[-1.0 + difference]], [[-1.0]], FP32_LIMIT).holds is holds
+def test_the_mean_decides(difference: float, holds: bool) -> None:
+    assert compare([[-1.0 + difference]], [[-1.0]], EXACT).holds is holds
+
+
+def test_one_token_that_is_far_off_fails_by_k3_though_the_mean_is_small() -> None:
+    served, trained = [[-1.0] * 300], [[-1.0] * 299 + [-3.5]]
+    match = compare(served, trained, UNCALIBRATED)
+    assert match.mean_abs < UNCALIBRATED.mean_abs
+    assert not match.holds
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, -2000.0, 2000.0])
 def test_a_broken_number_never_holds_and_is_still_reported(broken: float) -> None:
     for served, trained in (([-1.0, broken], [-1.0, -1.0]), ([-1.0, -1.0], [-1.0, broken])):
-        match = compare([served], [trained], 1.0)
+        match = compare([served], [trained], Bands(1.0, 1.0))
         assert not match.holds
-        assert match.as_dict()["holds"] is False
         json.dumps(match.as_dict(), allow_nan=False)
 
 
 def test_rows_of_another_length_are_a_bug() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        compare([[-1.0]], [[-1.0, -2.0]], 1.0)
-    with pytest.raises(ValueError, match="zip"):
-        compare([[-1.0]], [], 1.0)
+    for served, trained in (([[-1.0]], [[-1.0, -2.0]]), ([[-1.0]], [])):
+        with pytest.raises(ValueError, match="zip"):
+            compare(served, trained, EXACT)
 
 
-def test_the_band_follows_precision_and_what_version_zero_showed() -> None:
-    assert limit_for("float32", "float32", 0.5) == FP32_LIMIT
-    assert limit_for("bfloat16", "bfloat16", None) == BF16_LIMIT
-    assert limit_for("bfloat16", "float32", 0.01) == BF16_LIMIT
-    assert limit_for("float32", "bfloat16", 0.07) == pytest.approx(0.14)
+def test_the_band_follows_what_the_base_shows_on_this_model() -> None:
+    def base(mean: float, k3: float) -> Match:
+        return Match(300, mean, 1.0, mean, k3, UNCALIBRATED)
+
+    assert bands_for("float32", "float32", base(0.5, 0.5)) == EXACT
+    assert bands_for("bfloat16", "float32", None) == UNCALIBRATED
+    assert bands_for("bfloat16", "bfloat16", base(0.044, 2e-3)) == Bands(0.088, 8e-3)
+    assert bands_for("float32", "bfloat16", base(0.001, 1e-6)) == NARROWEST
+
+
+# --- gate B ---------------------------------------------------------------------------------------------------------
+
+
+def test_half_a_step_ahead_when_the_version_is_served_and_behind_when_the_one_before_is() -> None:
+    old = scores(1)
+    new = near(old, 0.02)
+    right, stale = (project(near(v, 1e-5, 3), new, old, against=6) for v in (new, old))
+    assert right.projection == pytest.approx(0.5, abs=0.01)
+    assert stale.projection == pytest.approx(-0.5, abs=0.01)
+    assert (right.verdict, stale.verdict) == (Verdict.HOLDS, Verdict.FAILS)
+
+
+@pytest.mark.parametrize("served", ["new", "old"])
+def test_below_the_noise_it_is_neither_a_pass_nor_a_failure(served: str) -> None:
+    old = scores(1)
+    new = near(old, 0.001)
+    found = project(near({"new": new, "old": old}[served], 0.05, 4), new, old, against=6, noise=0.05)
+    assert found.verdict is Verdict.NOT_RESOLVABLE
+    assert found.noise_sd is not None
+    assert found.noise_sd > 1
+    assert "against version 6" in found.sentence
+
+
+def test_a_far_policy_does_not_hide_behind_the_noise_it_makes_itself() -> None:
+    older, old = scores(1), near(scores(1), 0.3, 2)
+    new = near(old, 0.02, 3)
+    blind = project(near(older, 1e-4, 5), new, old, against=6)
+    assert blind.verdict is Verdict.NOT_RESOLVABLE  # its own distance reads as noise
+    assert project(near(older, 1e-4, 5), new, old, against=6, noise=1e-4).verdict is not Verdict.NOT_RESOLVABLE
+
+
+def test_versions_with_the_same_scores_cannot_be_told_apart() -> None:
+    found = project(scores(1), scores(1), scores(1), against=6)
+    assert (found.verdict, found.projection, found.noise_sd) == (Verdict.NOT_RESOLVABLE, None, None)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_numbers_that_are_none_resolve_nothing() -> None:
+    found = project([[math.nan]], [[-1.0]], [[-1.1]], against=6)
+    assert found.verdict is Verdict.NOT_RESOLVABLE
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+# --- gate C ---------------------------------------------------------------------------------------------------------
+
+BEFORE, NOW = Taken([[-1.0, -2.0]], [[-1.0, -2.0]]), Taken([[-1.0, -2.000001]], [[-1.0, -2.1]])
+
+
+def test_any_other_bit_is_another_policy() -> None:
+    assert fingerprint(NOW, {"v1": BEFORE}, must_hold="v1").verdict is Verdict.HOLDS
+
+
+def test_the_very_answers_of_an_earlier_name_are_its_policy() -> None:
+    found = fingerprint(Taken(BEFORE.served, NOW.trained), {"v0": BEFORE, "v1": NOW}, must_hold="v1")
+    assert (found.verdict, found.same_as) == (Verdict.FAILS, "v0")
+
+
+def test_equal_answers_say_nothing_when_the_trainer_hardly_moved() -> None:
+    still = Taken(BEFORE.served, [[-1.0, -2.000001]])
+    assert fingerprint(still, {"v1": BEFORE}, must_hold="v1").verdict is Verdict.NOT_RESOLVABLE
+    unknown = Taken(BEFORE.served, None)
+    assert fingerprint(still, {"v1": unknown}, must_hold="v1").verdict is Verdict.NOT_RESOLVABLE
+
+
+def test_without_the_version_before_it_is_not_taken() -> None:
+    assert fingerprint(NOW, {}, must_hold="v1").verdict is Verdict.NOT_TAKEN
+    assert fingerprint(NOW, {"v0": BEFORE}, must_hold="v1").verdict is Verdict.NOT_TAKEN
+    assert fingerprint(NOW, {}, must_hold=None).verdict is Verdict.NOT_TAKEN

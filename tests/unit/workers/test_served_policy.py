@@ -17,7 +17,7 @@ from app.samplers.client import Completion, CompletionRequest
 from app.samplers.errors import SamplerMisbehaved, SamplerUnavailable
 from app.samplers.service import Adapter
 from tests.unit.workers.fake_engine import FakeEngine, FakeSamplers, answer_of
-from workers.rollouts.trajectory import TurnRequest
+from workers.rollouts.setting import TurnRequest
 from workers.sampler import policy as policy_module
 from workers.sampler.policy import NoLiveSampler, ServedPolicy
 
@@ -193,8 +193,8 @@ async def test_versions_are_loaded_into_every_live_sampler_and_turns_are_spread(
 ) -> None:
     engines = [await samplers.add(name) for name in ("a", "b")]
     await policy.publish(0, version(0, tmp_path))
-    for _ in range(6):
-        await policy.turn(asks())
+    for number in range(6):
+        await policy.turn(asks(request_id=f"t{number}-0"))
     assert [len(engine.requests) for engine in engines] == [3, 3]
 
 
