@@ -34,6 +34,7 @@ async def create_job(
 ) -> FineTuningJob:
     """Create a reinforcement fine-tuning job. Its files are validated afterwards; watch `status` and the events."""
     spec = parse_create(parse_json(await request.body()))
+    service.check_room(spec, adapter_slots=settings.sampler_max_adapters)
     await asyncio.to_thread(service.check_model, catalogue, spec, max_lora_rank=settings.sampler_max_lora_rank)
     made = service.draft(spec, vault)
     attempt = idempotency.read_headers(caller.project_id, spec.request_hash, idempotency_key, x_stainless_retry_count)

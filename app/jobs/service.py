@@ -23,6 +23,7 @@ from app.jobs import events, idempotency, leases, repository, state
 from app.jobs.headers import Vault, seal_headers
 from app.jobs.idempotency import Attempt
 from app.jobs.parse import JobSpec
+from app.jobs.plan import DEFAULT_MAX_STALENESS
 from app.jobs.schemas import MAX_SEED
 from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
 
@@ -51,6 +52,22 @@ def draft(spec: JobSpec, vault: Vault) -> Draft:
     job_id = new_id("ftjob-")
     seed = spec.request.seed if spec.request.seed is not None else secrets.randbelow(MAX_SEED + 1)
     return Draft(job_id, spec, seal_headers(spec.method, vault, job_id), seed)
+
+
+def check_room(spec: JobSpec, *, adapter_slots: int) -> None:
+    """A run holds `max_staleness + 2` adapter slots of its sampler beside one for chat; one that needs more never starts.
+
+    Raises InvalidRequest.
+    """
+    staleness = int(spec.options.get("max_staleness", DEFAULT_MAX_STALENESS))
+    most = adapter_slots - 3
+    if staleness > most:
+        raise InvalidRequest(
+            f"hone.max_staleness: {staleness} needs {staleness + 2} adapter slots beside one for chat, and the samplers "
+            f"of this server have {adapter_slots} (HONE_SAMPLER_MAX_ADAPTERS); ask for at most {most}, or raise the "
+            "setting and restart.",
+            param="hone.max_staleness",
+        )
 
 
 def check_model(catalogue: Catalogue, spec: JobSpec, *, max_lora_rank: int) -> None:

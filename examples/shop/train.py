@@ -28,7 +28,7 @@ from examples.shop.view import Frame, View, open_view
 
 SAMPLES = 2  # sampled episodes per held-out row, here and in the job's validation
 POLL_S = 1.0
-FINISHED = ("succeeded", "failed", "cancelled")
+FINISHED = ("succeeded", "failed", "cancelled", "paused")  # a paused job waits for a person
 
 
 def create_job(client: OpenAI, shop: Shop, task: Task, model: str, seed: int) -> FineTuningJob:
@@ -144,7 +144,7 @@ def main(make_task: Callable[[int], Task] = shop_task) -> int:
         job, events = follow(client, created.id, view, options.timeout)
     if job.status != "succeeded" or job.fine_tuned_model is None:
         errors = [event.message for event in events if event.level == "error"]
-        print(f"job {job.id} {job.status}: {job.error.message if job.error else 'no error given'}", file=sys.stderr)
+        print(f"job {job.id} {job.status}: {job.error.message if job.error else events[-1].message}", file=sys.stderr)
         print(f"last error event: {errors[-1] if errors else 'none'}", file=sys.stderr)
         return 1
     print(f"3. The tuned model, {job.fine_tuned_model}, on the same questions", flush=True)

@@ -117,6 +117,12 @@ def test_a_rank_that_no_sampler_takes_names_the_setting(client: OpenAI, files: F
     assert create(client, files.body(hone={"lora_rank": 64})).status == "validating_files"
 
 
+def test_more_staleness_than_a_sampler_has_slots_for_names_the_setting(client: OpenAI, files: Files) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"6 needs 8 adapter slots.*HONE_SAMPLER_MAX_ADAPTERS.*at most 5"):
+        create(client, files.body(hone={"max_staleness": 6}))
+    assert create(client, files.body(hone={"max_staleness": 5})).status == "validating_files"
+
+
 def test_a_file_of_another_purpose_or_project_is_refused(
     client: OpenAI, live_server: LiveServer, other_key: str, files: Files
 ) -> None:
