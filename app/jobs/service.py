@@ -55,7 +55,7 @@ def draft(spec: JobSpec, vault: Vault) -> Draft:
 
 
 def check_room(spec: JobSpec, *, adapter_slots: int) -> None:
-    """A run holds `max_staleness + 2` adapter slots of its sampler beside one for chat; one that needs more never starts.
+    """A run holds `max_staleness + 2` adapter slots of its sampler, chat one; a run that needs more never starts.
 
     Raises InvalidRequest.
     """
@@ -63,8 +63,8 @@ def check_room(spec: JobSpec, *, adapter_slots: int) -> None:
     most = adapter_slots - 3
     if staleness > most:
         raise InvalidRequest(
-            f"hone.max_staleness: {staleness} needs {staleness + 2} adapter slots beside one for chat, and the samplers "
-            f"of this server have {adapter_slots} (HONE_SAMPLER_MAX_ADAPTERS); ask for at most {most}, or raise the "
+            f"hone.max_staleness: {staleness} needs {staleness + 2} adapter slots beside one for chat, and the "
+            f"samplers of this server have {adapter_slots} (HONE_SAMPLER_MAX_ADAPTERS); ask for at most {most}, or raise the "
             "setting and restart.",
             param="hone.max_staleness",
         )
