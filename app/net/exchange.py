@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -163,7 +164,7 @@ async def _attempt(
 ) -> tuple[int, bytes | None]:
     timeout = httpx.Timeout(limit, connect=min(limit, CONNECT_TIMEOUT_S))
     try:
-        async with http.stream("POST", url, content=body, headers=dict(headers), timeout=timeout) as response:
+        async with http.stream("POST", _parsed(url), content=body, headers=dict(headers), timeout=timeout) as response:
             status = response.status_code
             encoding = response.headers.get("content-encoding", "identity")
             if encoding not in ("", "identity"):
@@ -182,6 +183,11 @@ async def _attempt(
         said = f": {quote(content, url, headers)}" if content else ""
         raise _Fault(f"answered {status}{said}", again=True, retry_after_s=pause, status=status)
     return status, content
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(url: str) -> httpx.URL:
+    return httpx.URL(url)  # a job calls a handful of addresses thousands of times
 
 
 _HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)

@@ -16,13 +16,18 @@ from app.core.states import RolloutState
 from app.db.engine import now
 from app.db.tables import Rollout
 
+CHUNK = 500  # rows a statement: its values are prepared on the event loop (4,000 at once: 70 ms without a pause)
+
 
 async def start(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert rollouts as `started`; each mapping has the identifying columns (id, step, split, row, group, …)."""
     stamp = await session.scalar(select(now()))
-    await session.execute(
-        insert(Rollout), [{**row, "state": RolloutState.STARTED.value, "started_at": stamp} for row in rows]
-    )
+    connection = await session.connection()
+    for first in range(0, len(rows), CHUNK):
+        await connection.execute(
+            insert(Rollout.__table__),  # type: ignore[arg-type]  # a Table, declared as FromClause
+            [{**row, "state": RolloutState.STARTED.value, "started_at": stamp} for row in rows[first : first + CHUNK]],
+        )
 
 
 async def graded(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -37,9 +42,9 @@ async def graded(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> No
         .values({name: bindparam(f"v_{name}") for name in columns} | {"finished_at": stamp})
     )
     connection = await session.connection()
-    await connection.execute(
-        statement, [{"rollout_id": row["id"]} | {f"v_{name}": row[name] for name in columns} for row in rows]
-    )
+    values = [{"rollout_id": row["id"]} | {f"v_{name}": row[name] for name in columns} for row in rows]
+    for first in range(0, len(values), CHUNK):
+        await connection.execute(statement, values[first : first + CHUNK])
 
 
 async def settle(
