@@ -6,7 +6,7 @@ verbatim by the bridge), and ids in a rollout, which are checked call by call (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -84,10 +84,21 @@ def check_append_only(renderer: ChatRenderer) -> AppendOnly:
     cases: dict[str, History] = {}
     differs: list[str] = []
     for name, conversation in conversations.ALL.items():
-        state, differences = _history(renderer, conversation)
+        tried = [_history(renderer, variant) for variant in _as_said(conversation)]
+        state, differences = min(tried, key=lambda found: list(History).index(found[0]))
         cases[name] = state
         differs += [f"{name}, {difference}" for difference in differences]
     return AppendOnly(cases=cases, inert=_is_inert(renderer), differs=tuple(differs))
+
+
+def _as_said(conversation: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """As it stands, and with and without thoughts: a format may open a thought that every turn must close, or none."""
+    yield conversation
+    for thought in ("Hm.", None):
+        yield [
+            {**message, "reasoning_content": thought} if message["role"] == "assistant" else message
+            for message in conversation
+        ]
 
 
 def _history(renderer: ChatRenderer, conversation: Sequence[Message]) -> tuple[History, list[str]]:

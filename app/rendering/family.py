@@ -75,7 +75,9 @@ class FamilyRenderer:
             raw = self.decode(ids)
             return ParsedTurn("", None, (ParsedCall(name=None, arguments="", error=INVALID_JSON, raw=raw),))
         calls = tuple(_call(call) for call in parsed.tool_calls)
-        return ParsedTurn(content=parsed.content, reasoning=parsed.reasoning_content, calls=calls)
+        # Space between words and a call belongs to the format, which writes it again.
+        content = parsed.content.strip() if calls else parsed.content
+        return ParsedTurn(content=content, reasoning=parsed.reasoning_content, calls=calls)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)
