@@ -64,8 +64,8 @@ def check_room(spec: JobSpec, *, adapter_slots: int) -> None:
     if staleness > most:
         raise InvalidRequest(
             f"hone.max_staleness: {staleness} needs {staleness + 2} adapter slots beside one for chat, and the "
-            f"samplers of this server have {adapter_slots} (HONE_SAMPLER_MAX_ADAPTERS); ask for at most {most}, or raise the "
-            "setting and restart.",
+            f"samplers of this server have {adapter_slots} (HONE_SAMPLER_MAX_ADAPTERS); ask for at most {most}, or "
+            "raise the setting and restart.",
             param="hone.max_staleness",
         )
 

@@ -258,12 +258,19 @@ async def test_the_next_step_is_sampled_while_the_trainer_works(stage: Stage) ->
 
 async def test_a_crash_with_a_step_sampled_ahead_gives_its_rows_back(stage: Stage) -> None:
     await stage.replan(max_staleness=1)
-    await stage.end_of(await stage.attempt(FakeTrainer(dies_at=2)))
-    before = [row for row in await stage.all_of(Rollout) if row.split == "train"]
-    undone = {row.state for row in before if row.step > 1}
-    assert undone <= {"lost", "rolled_back"}
+
+    async def until_step_three_has_begun(message: Step) -> None:
+        while message.step == 2 and not any(row.step == 3 for row in await stage.all_of(Rollout)):
+            await asyncio.sleep(0.01)
+
+    trainer = FakeTrainer(dies_at=2)
+    trainer.before_step = until_step_three_has_begun
+    await stage.end_of(await stage.attempt(trainer))
     assert await stage.end_of(await stage.attempt(FakeTrainer())) is None
-    again = [row for row in await stage.all_of(Rollout) if row.split == "train" and row.attempt == 2]
+    rollouts = [row for row in await stage.all_of(Rollout) if row.split == "train"]
+    before, again = ([row for row in rollouts if row.attempt == attempt] for attempt in (1, 2))
+    assert {row.state for row in before if row.step > 1} <= {"lost", "rolled_back"}
+    assert {row.step for row in before} == {1, 2, 3}
     for step in (2, 3):
         first, second = ([row for row in rows if row.step == step] for rows in (before, again))
         assert rows_in_order(second)[:2] == rows_in_order(first)[:2]
