@@ -113,7 +113,7 @@ async def _turn(
         completion.log_probs,
         model=completion.model,
         version=key.version,
-        sampler=getattr(completion, "sampler", None),
+        sampler=completion.sampler,
         finish_reason=completion.finish_reason,
         seconds=time.monotonic() - began,
     )
