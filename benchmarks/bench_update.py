@@ -15,6 +15,7 @@ import random
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the trainer process does; before torch is loaded
 
@@ -40,6 +41,9 @@ SHAPE = {
 }
 
 
+Arrange = Callable[[budget.Rows, budget.Budget], budget.MicroBatches]
+
+
 def demo_rows(seed: int = 0) -> list[TrainingRow]:
     """64 rows, about 20,900 tokens: prefix 252, question 24, then call (24), tool result (13, masked), answer (14)."""
     rng = random.Random(seed)
@@ -59,7 +63,7 @@ def demo_rows(seed: int = 0) -> list[TrainingRow]:
 
 
 def timed_steps(
-    policy: PeftModel, rows: list[TrainingRow], *, padded: bool, steps: int, profile: bool
+    policy: PeftModel, rows: list[TrainingRow], name: str, arrange: Arrange, *, steps: int, profile: bool = False
 ) -> tuple[float, float]:
     """Seconds and CPU seconds of the fastest of `steps` updates; prints them with tokens forwarded and peak memory."""
     marks: list[tuple[float, float]] = []
@@ -75,7 +79,7 @@ def timed_steps(
         trainer = grpo.PackedGRPO(
             policy, hyper, scratch, next_rows, lambda *_: None, Quiet(), grpo.make_optimizer(policy, 3e-4)
         )
-        trainer.arrange = budget.padded if padded else budget.packed
+        trainer.arrange = arrange
         if profile:
             with torch.profiler.profile(with_stack=False) as record:
                 trainer.train()
@@ -88,7 +92,7 @@ def timed_steps(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     metrics = trainer.diagnostics.metrics()
     print(
-        f"{'padded' if padded else 'packed'}: raw={metrics['raw_tokens']:.0f} trained={metrics['trained_tokens']:.0f} "
+        f"{name}: raw={metrics['raw_tokens']:.0f} trained={metrics['trained_tokens']:.0f} "
         f"forwarded={metrics['forwarded_tokens']:.0f} micro_batches={metrics['micro_batches']:.0f} "
         f"seconds={seconds:.2f} cpu_seconds={cpu_seconds:.2f} peak_rss_gib={peak:.2f}",
         flush=True,
@@ -128,9 +132,9 @@ def main() -> None:
     base = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": arguments.layers})).to(dtype)
     policy = model.add_adapter(base, LoraSpec(16, 32, LINEAR), seed=0)
     rows = demo_rows()
-    packed = timed_steps(policy, rows, padded=False, steps=arguments.steps, profile=arguments.profile)
+    packed = timed_steps(policy, rows, "packed", budget.packed, steps=arguments.steps, profile=arguments.profile)
     if not arguments.only_packed:
-        padded = timed_steps(policy, rows, padded=True, steps=1, profile=False)
+        padded = timed_steps(policy, rows, "padded", budget.padded, steps=1)
         # On a machine with other work, trust this one: it counts what we used, not what we waited for.
         print(f"cpu_ratio={padded[1] / packed[1]:.2f}")
         print(f"ratio={padded[0] / packed[0]:.2f}")
