@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.states import RolloutState
-from tests.unit.rollouts.scripted import ended, row
+from tests.unit.rollouts.scripted import answered, ended, row
 from workers.rollouts.batch import Verdict, judge, leave_one_out, select
 from workers.rollouts.types import Group
 
@@ -96,6 +97,17 @@ def test_a_row_of_the_batch_is_the_trajectory_itself() -> None:
     one, other = ended(1.0, sample=0, tokens=3), ended(0.0, sample=1)
     (line, _) = select([Group(row(), 1, 0, [one, other])], None).rows
     assert (line.ids, line.mask, line.log_probs) == (one.trajectory.ids, one.trajectory.mask, one.trajectory.log_probs)
+
+
+def test_a_rollout_with_new_roots_is_a_row_for_each_segment_that_was_sampled() -> None:
+    one, other = ended(1.0, sample=0), ended(0.0, sample=1)
+    tree = one.trajectory.tree
+    tree.restart(array("i", [7, 8]))
+    answered(one.trajectory, [], [9])
+    tree.restart(array("i", [5]))  # the episode ended before anything was sampled here
+    lines = select([Group(row(), 1, 0, [one, other])], None).rows
+    assert [(list(line.ids), list(line.mask)) for line in lines[:2]] == [([1, 1, 1], [0, 1, 1]), ([7, 8, 9], [0, 0, 1])]
+    assert [(line.advantage, line.group) for line in lines] == [(1.0, 1), (1.0, 1), (-1.0, 1)]
 
 
 def test_nothing_to_train_is_an_empty_selection() -> None:
