@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script
 
 GROUP, TURNS, PROMPT, SAID, READ = 8, 5, 1500, 40, 60  # 1500 + 5 x (40 + 60) = 2000 tokens
-CONNECTIONS = 512  # what `guarded_client` opens
+CONNECTIONS = 512  # `app.net.clients.USER_CONNECTIONS`
 SLEEP = (0.5, 1.5)
 WARM_UP_S = 5.0
 ANSWER = "The order of the customer was sent on Monday and will arrive within three days. " * 3

@@ -24,9 +24,11 @@ TransportError = httpx.TransportError
 TimeoutException = httpx.TimeoutException
 
 CONNECT_TIMEOUT_S = 5.0
+USER_CONNECTIONS = 512  # to users' endpoints, of one client
 
 __all__ = [
     "CONNECT_TIMEOUT_S",
+    "USER_CONNECTIONS",
     "EgressDenied",
     "EgressPolicy",
     "HttpClient",
@@ -65,7 +67,7 @@ def guarded_client(
     policy: EgressPolicy,
     *,
     timeout_s: float,
-    max_connections: int = 512,
+    max_connections: int = USER_CONNECTIONS,
     backend: httpcore.AsyncNetworkBackend | None = None,
 ) -> httpx.AsyncClient:
     """A client for users' URLs: egress guard, no proxies from the environment, no redirects, no compression.

@@ -19,11 +19,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.net.exchange import Attempted
+from app.net.clients import USER_CONNECTIONS
 from app.samplers.errors import SamplerError
 from app.samplers.metrics import LoadUnreadable, SamplerLoad, together
 from workers.rollouts.tool_gate import ToolGate, ToolTurn
-from workers.rollouts.types import ToolRecord
 
 log = logging.getLogger("hone.congestion")
 
@@ -169,15 +168,11 @@ class Congestion:
         """
         return self._gate(name).turn(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
-    def observe_tool(self, record: ToolRecord) -> None:
-        """Learn from a call that was made without `tool()`; that it was repeated stands for "busy"."""
-        self._gate(record.name).attempted(Attempted(503 if record.attempts > 1 else record.status, record.seconds))
-
     def _gate(self, name: str) -> ToolGate:
         gate = self._tools.get(name)
         if gate is None:
-            # A trajectory may make several calls at once: without a sign from the tool, its gate must not bind.
-            gate = self._tools[name] = ToolGate(name, 64 * self.ceiling, self._clock)
+            # More could not leave anyway. Who waits here has not built its request yet: 14 KiB less for each.
+            gate = self._tools[name] = ToolGate(name, USER_CONNECTIONS, self._clock)
         return gate
 
     # --- the limit ---
@@ -201,8 +196,8 @@ class Congestion:
         elif queued:
             self._cut(CUT, f"sampler queue {load.waiting} waiting, {load.running} running")
         elif held_up:
-            why = self._tools[tool].why
-            self._cut(CUT, f"{lines[tool]} calls wait for tool {tool}" + (f" ({why})" if why else ""))
+            gate = self._tools[tool]
+            self._cut(CUT, f"{gate.in_line} calls wait for tool {tool} ({gate.why or f'{gate.limit} at once'})")
         elif load.kv_usage > SOFT:
             self._cut(1 - TRIM, f"sampler KV cache {load.kv_usage:.0%} full")
         elif load.kv_usage < ROOM and quiet and (self._bound or self.waiting):
