@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> float:
         f"rollouts, at most {options.max_tokens} tokens; tools lognormal, mean {options.mean:g} s, "
         f"p99 {options.p99:g} s; {options.threads} threads"
     )
-    at_once, here, there = [], list[ledger.Training](), list[Result]()
+    at_once, here, there = list[ledger.Training](), list[ledger.Training](), list[Result]()
     settings = {"sampler_dtype": chosen.dtype, "trainer_dtype": chosen.dtype, "threads": str(options.threads)}
     with tool_server(options.mean, options.p99, scratch / "tools.log") as tool_url:
         if options.only != "trl":

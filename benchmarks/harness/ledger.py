@@ -17,10 +17,11 @@ from typing import Any
 class Training:
     """From the first training rollout to the end of the last step: what is compared with another trainer's loop.
 
-    `rollouts`: training rollouts started, replacements included. `tokens`: sampled by the graded ones. `reward`: mean
-    of the graded ones. `states`: how many rollouts ended how.
+    `began`: Unix seconds. `rollouts`: training rollouts started, replacements included. `tokens`: sampled by the graded
+    ones. `reward`: mean of the graded ones. `states`: how many rollouts ended how.
     """
 
+    began: float
     seconds: float
     rollouts: int
     tokens: int
@@ -45,7 +46,7 @@ def training(database: Path, job_id: str) -> Training:
             )
         )
     ended = max(step["at"] for step in steps)
-    return Training(ended - began, rollouts, tokens, calls, turns, reward, states, steps)
+    return Training(began, ended - began, rollouts, tokens, calls, turns, reward, states, steps)
 
 
 def step_events(database: Path, job_id: str) -> list[dict[str, Any]]:

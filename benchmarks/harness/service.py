@@ -70,7 +70,6 @@ class Service:
         if rest:
             raise ValueError(f"{spec.steps} steps of {spec.batch} rows are no whole epochs of {len(spec.train)} rows")
         reinforcement: dict[str, Any] = {
-            "tools": [{"name": name, "server_url": f"{spec.tool_url}/tools/{name}"} for name in spec.tools],
             "grader": {"type": "endpoint", "name": "bench", "url": f"{spec.tool_url}/grade"},
             "max_episode_steps": spec.max_episode_steps,
             "hyperparameters": {
@@ -81,6 +80,9 @@ class Service:
                 "eval_samples": 1,
             },
         }
+        if spec.tools:
+            urls = {name: f"{spec.tool_url}/tools/{name}" for name in spec.tools}
+            reinforcement["tools"] = [{"name": name, "server_url": url} for name, url in urls.items()]
         job = self.client.fine_tuning.jobs.create(
             model=spec.model,
             training_file=files[0],

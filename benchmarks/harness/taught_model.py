@@ -6,6 +6,7 @@ made in about half a minute, once per recipe, and kept below the system's tempor
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.models.catalogue import BaseModel, Catalogue
+from app.models.catalogue import CARD, BaseModel, Catalogue
 from app.rendering.registry import load_renderer
 from benchmarks.harness.agent_task import ITEMS, SYSTEM, TOOLS, episode
 from tests.tiny import make_tiny_llama
@@ -45,6 +46,12 @@ def taught(steps: int = STEPS) -> BaseModel:
     return kept(f"{TINY}-r{RECIPE}-s{steps}", TINY, lambda directory: _make(directory, steps))
 
 
+def taught_long(context: int, steps: int = STEPS) -> BaseModel:
+    """The same weights with a longer context: it calls its tools as before, and what it says far on is noise."""
+    name = f"{TINY}-r{RECIPE}-s{steps}-c{context}"
+    return kept(name, TINY, lambda directory: _lengthen(taught(steps), context, directory))
+
+
 def kept(name: str, model_id: str, make: Callable[[Path], object]) -> BaseModel:
     """The model directory that `make` wrote into `<temporary>/hone-bench-models/<name>/<model_id>`."""
     place = Path(tempfile.gettempdir()) / "hone-bench-models" / name
@@ -61,6 +68,14 @@ def kept(name: str, model_id: str, make: Callable[[Path], object]) -> BaseModel:
 
 def _make(directory: Path, steps: int) -> None:
     teach(make_tiny_llama(directory), steps=steps)
+
+
+def _lengthen(model: BaseModel, context: int, directory: Path) -> None:
+    shutil.copytree(model.path, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
+    card = json.loads((directory / CARD).read_text())
+    (directory / CARD).write_text(json.dumps({**card, "context": context}))
 
 
 def teach(model: BaseModel, *, steps: int, seed: int = 0) -> None:

@@ -36,7 +36,13 @@ class ToolServer:
 
     def _reset(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self.seen: dict[str, float] = {"calls": 0, "grades": 0, "waited_s": 0.0, "in_flight": 0, "peak_in_flight": 0}
+        self.seen: dict[str, int | float] = {
+            "calls": 0,
+            "grades": 0,
+            "waited_s": 0.0,
+            "in_flight": 0,
+            "peak_in_flight": 0,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,7 +79,9 @@ class ToolServer:
         arguments = request.get("arguments", request)
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
-        return {"type": "function_call_output", "output": answer_of(name, arguments)}
+        words = int((request.get("item") or {}).get("reply_words", 0))  # a long page around the answer
+        output = answer_of(name, arguments) + " " + " ".join(str(seen["calls"] + at) for at in range(words))
+        return {"type": "function_call_output", "output": output.strip()}
 
 
 async def _body(receive: Receive) -> bytes:
