@@ -118,6 +118,7 @@ class Publisher:
                 log.error("%s: %s", served.name, error)
                 if copies == COPIES:
                     await self._policy.retire(version)
+                    self._trained.forget(version)
                     raise PublicationUnproved(
                         f"Version {version} was published {copies + 1} times and is not used: {error}",
                         {"version": version, "sampler": error.sampler, "reason": error.reason, **error.figures},

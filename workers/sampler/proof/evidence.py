@@ -6,7 +6,7 @@ Does not cover: loading and retries (`workers.publication`), nor what the traine
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from workers.sampler.proof.gates import (
     bands_for,
     compare,
     fingerprint,
+    noise_of,
     project,
 )
 from workers.sampler.station import Station
@@ -102,6 +103,11 @@ class Trained:
         """The version to tell `version` from."""
         return max((v for v in self.scores if v < version), default=None)
 
+    def forget(self, version: int) -> None:
+        """It is not used; the next one is told from the one before it."""
+        self.scores.pop(version, None)
+        self.names.pop(version, None)
+
     def keep(self, versions: Iterable[int]) -> None:
         """Forget all others, but for version 0 (calibration, and the farthest step) and the last two."""
         wanted = {0, *versions, *sorted(self.scores)[-2:]}
@@ -143,27 +149,30 @@ async def look(
             sampler=station.sampler.url,
             figures=baseline.as_dict(),
         )
-    noise = baseline.rms if baseline else None
-    step = (
-        project(served, mine, trained.scores[previous], against=previous, noise=noise) if previous is not None else None
-    )
+    noise = noise_of(baseline, *dtypes) if baseline else None
+
+    def against(other: int) -> Projection:
+        exact = dtypes[1] == "float32"
+        return project(served, mine, trained.scores[other], against=other, noise=noise, exact=exact)
+
+    step = None if previous is None else against(previous)
     return Proof(
         version=version,
         sampler=station.sampler.id,
         gate_a=compare(served, mine, bands),
         base=against_base,
         gate_b=step,
-        older=_older(served, version, trained, noise) if step and step.verdict is Verdict.NOT_RESOLVABLE else None,
+        older=_older(version, trained, against) if step and step.verdict is Verdict.NOT_RESOLVABLE else None,
         gate_c=_print(seen, Taken(served, mine), trained, version, base, quiet.why_not),
         seconds={"quiet": waited, "canary": time.monotonic() - began - waited},
     )
 
 
-def _older(served: Scores, version: int, trained: Trained, noise: float | None) -> Projection | None:
+def _older(version: int, trained: Trained, against: Callable[[int], Projection]) -> Projection | None:
     """The step from the nearest older version that can be resolved, else from the farthest; None without one."""
     found = None
     for older in sorted((v for v in trained.scores if v < version), reverse=True)[1:]:
-        found = project(served, trained.scores[version], trained.scores[older], against=older, noise=noise)
+        found = against(older)
         if found.verdict is not Verdict.NOT_RESOLVABLE:
             break
     return found

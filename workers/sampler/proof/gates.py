@@ -36,7 +36,7 @@ class Bands:
 
 EXACT = Bands(1e-3, 1e-5)  # fp32 on both sides; seen correct: 1e-5 and 4e-9
 UNCALIBRATED = Bands(0.08, 8e-3)  # seen correct: up to 0.056 and 4.5e-3
-WIDEST = Bands(0.10, 1e-2)  # for the base itself; seen wrong: 0.106 and 0.011 and more
+WIDEST = Bands(0.3, 0.1)  # for the base itself; another model is nats away, a model of wide logits 0.1 in bf16
 NARROWEST = Bands(0.04, 2e-3)  # half of what one model needed: noise grows a little as a policy sharpens
 
 
@@ -77,8 +77,19 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Root mean squares in nats a token: of sampler against trainer, and the trainer's own part of it."""
+
+    together: float
+    trainer: float
+
+
+@dataclass(frozen=True)
 class Projection:
-    """Gate B against one older version: +0.5 when N is served, -0.5 when the older one is, give or take `noise_sd`."""
+    """Gate B against one older version: +0.5 when N is served, -0.5 when the older one is, give or take `noise_sd`.
+
+    None: the scores of the two differ by no more than the trainer's own noise.
+    """
 
     against: int
     projection: float | None
@@ -90,7 +101,7 @@ class Projection:
     def verdict(self) -> Verdict:
         if self.projection is None or self.noise_sd is None or self.noise_sd > RESOLVABLE_SD:
             return Verdict.NOT_RESOLVABLE
-        return Verdict.HOLDS if self.projection > 0 else Verdict.FAILS
+        return Verdict.HOLDS if 0 < self.projection < 1 else Verdict.FAILS  # beyond 1 it is neither of the two
 
     @property
     def sentence(self) -> str:
@@ -153,23 +164,36 @@ def bands_for(sampler_dtype: str, trainer_dtype: str, base: Match | None) -> Ban
     return Bands(max(NARROWEST.mean_abs, 2 * base.mean_abs), max(NARROWEST.k3, 4 * base.k3))
 
 
-def project(served: Scores, trained: Scores, older: Scores, *, against: int, noise: float | None = None) -> Projection:
+def noise_of(base: Match, sampler_dtype: str, trainer_dtype: str) -> Noise:
+    """Who makes the noise: fp32 makes none, two of one precision half of the square each."""
+    if trainer_dtype == "float32":
+        return Noise(base.rms, 0.0)
+    return Noise(base.rms, base.rms if sampler_dtype == "float32" else base.rms / math.sqrt(2))
+
+
+def project(
+    served: Scores, trained: Scores, older: Scores, *, against: int, noise: Noise | None = None, exact: bool = True
+) -> Projection:
     """Gate B. p = sum((v - (t_N + t_M) / 2) * d) / sum(d²) with d = t_N - t_M; its sd is rms(v - t_N) / ‖d‖.
 
-    `noise`: the rms of the base on this sampler. A difference of more than twice that is not noise, and must not hide
-    that another policy is served.
+    `noise`: that of the base on this sampler; without it, `exact` says whether the trainer's own scores have none. A
+    difference of more than twice the base's is not noise, and must not hide that another policy is served. A trainer
+    with noise of its own puts it into d twice: only the rest of d² is the step, p is half of that share, and both p and
+    sd are given in units of the step.
     """
     v, t, m = flat(served, trained), flat(trained, served), flat(older, served)
     d = [a - b for a, b in zip(t, m, strict=True)]
     squares = math.fsum(x * x for x in d)
     step = (math.fsum(map(abs, d)) / len(d), max(map(abs, d)))
-    if squares == 0 or not all(map(math.isfinite, v)):
+    rms = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(v, t, strict=True)) / len(v))
+    of_trainer = noise.trainer if noise is not None else 0.0 if exact else rms
+    share = 1 - 2 * len(d) * of_trainer**2 / squares if squares else 0.0
+    if share <= 0 or not all(map(math.isfinite, v)):
         return Projection(against, None, None, *step)
     middle = [(a + b) / 2 for a, b in zip(t, m, strict=True)]
     p = math.fsum((a - b) * x for a, b, x in zip(v, middle, d, strict=True)) / squares
-    rms = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(v, t, strict=True)) / len(v))
-    sd = min(rms, math.inf if noise is None else 2 * noise) / math.sqrt(squares)
-    return Projection(against, p, sd, *step)
+    sd = min(rms, math.inf if noise is None else 2 * noise.together) / math.sqrt(squares)
+    return Projection(against, p / share, sd / share, *step)
 
 
 def fingerprint(mine: Taken, earlier: Mapping[str, Taken], *, must_hold: str | None) -> Fingerprint:
