@@ -71,6 +71,7 @@ async def _episode(
         prompt = await _off_loop(setting, _rendered, setting.renderer, row.messages, tools)
     trajectory.tree.restart(prompt)
     trajectory.prompt_tokens = len(prompt)
+    del prompt  # the tree has its own; 6 KiB that this frame would hold to the end
     try:
         for turn in range(setting.limits.max_steps):
             calls = await _turn(setting, key, row, trajectory, turn, deadline)
