@@ -16,15 +16,16 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.cli import demo_probe
+from app.cli.doctor_sampler import sampler
 from app.cli.failure import BLOCKED
+from app.cli.findings import Check, Finding, Verdict
 
 if TYPE_CHECKING:
     from app.core.settings import Settings
@@ -35,24 +36,7 @@ LOW_MEMORY = 4 * GIB
 TRAIN = ("torch", "transformers", "trl", "peft", "accelerate")
 PROBE_S = 5.0
 
-
-class Verdict(StrEnum):
-    OK = "ok"
-    WARNING = "warning"  # works, or will once a job needs it
-    PROBLEM = "problem"  # no job can run
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-    fix: str | None = None
-
-
-Check = Callable[["Settings"], Iterator[Finding]]
+__all__ = ["CHECKS", "Finding", "Verdict", "run"]
 
 
 def run(settings: Settings, *, as_json: bool) -> int:
@@ -198,7 +182,7 @@ def port(settings: Settings) -> Iterator[Finding]:
         yield Finding("port", Verdict.OK, f"{where}: Hone is up and can take a job")
 
 
-CHECKS: tuple[Check, ...] = (python, processor, memory, data_directory, database, base_models, port)
+CHECKS: tuple[Check, ...] = (python, processor, memory, data_directory, database, base_models, sampler, port)
 
 
 def _health(settings: Settings) -> str | None:
