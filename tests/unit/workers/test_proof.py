@@ -14,12 +14,14 @@ from workers.sampler.proof.gates import (
     UNCALIBRATED,
     Bands,
     Match,
+    Noise,
     Scores,
     Taken,
     Verdict,
     bands_for,
     compare,
     fingerprint,
+    noise_of,
     project,
 )
 
@@ -102,7 +104,7 @@ def test_half_a_step_ahead_when_the_version_is_served_and_behind_when_the_one_be
 def test_below_the_noise_it_is_neither_a_pass_nor_a_failure(served: str) -> None:
     old = scores(1)
     new = near(old, 0.001)
-    found = project(near({"new": new, "old": old}[served], 0.05, 4), new, old, against=6, noise=0.05)
+    found = project(near({"new": new, "old": old}[served], 0.05, 4), new, old, against=6, noise=Noise(0.05, 0.0))
     assert found.verdict is Verdict.NOT_RESOLVABLE
     assert found.noise_sd is not None
     assert found.noise_sd > 1
@@ -114,7 +116,46 @@ def test_a_far_policy_does_not_hide_behind_the_noise_it_makes_itself() -> None:
     new = near(old, 0.02, 3)
     blind = project(near(older, 1e-4, 5), new, old, against=6)
     assert blind.verdict is Verdict.NOT_RESOLVABLE  # its own distance reads as noise
-    assert project(near(older, 1e-4, 5), new, old, against=6, noise=1e-4).verdict is not Verdict.NOT_RESOLVABLE
+    assert (
+        project(near(older, 1e-4, 5), new, old, against=6, noise=Noise(1e-4, 0.0)).verdict is not Verdict.NOT_RESOLVABLE
+    )
+
+
+def test_a_policy_far_beyond_the_new_version_is_neither_of_the_two() -> None:
+    old = scores(1)
+    new = near(old, 0.02)
+    beyond = [[b + 3 * (b - a) for a, b in zip(old[0], new[0], strict=True)]]
+    found = project(beyond, new, old, against=6, noise=Noise(1e-5, 0.0))
+    assert found.projection == pytest.approx(3.5)
+    assert found.verdict is Verdict.FAILS
+
+
+def test_what_the_trainers_own_noise_adds_to_the_step_is_taken_out() -> None:
+    """With a tiny step all of it is noise, which read as a step that could be resolved; with a large one p is 0.5."""
+    base = scores(1)
+    noise = Noise(0.03 * math.sqrt(2), 0.03)
+    tiny = project(near(base, 0.03, 3), near(base, 0.03, 4), near(base, 0.03, 5), against=6, noise=noise)
+    assert tiny.verdict is Verdict.NOT_RESOLVABLE
+    far = near(base, 0.3, 2)
+    found = project(near(far, 0.03, 3), near(far, 0.03, 4), near(base, 0.03, 5), against=6, noise=noise)
+    assert found.verdict is Verdict.HOLDS
+    assert found.projection == pytest.approx(0.5, abs=0.05)
+
+
+def test_without_calibration_a_trainer_of_half_precision_has_at_most_the_noise_that_is_seen() -> None:
+    old = scores(1)
+    new = near(old, 0.02)
+    found = (project(near(new, 0.02, 3), new, old, against=6, exact=exact).verdict for exact in (True, False))
+    assert list(found) == [Verdict.HOLDS, Verdict.NOT_RESOLVABLE]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "trainer", "part"),
+    [("bfloat16", "float32", 0.0), ("bfloat16", "bfloat16", math.sqrt(0.5)), ("float32", "bfloat16", 1.0)],
+)
+def test_noise_belongs_to_whoever_computes_in_half_precision(sampler: str, trainer: str, part: float) -> None:
+    base = compare([[-1.0, -2.0]], [[-1.1, -1.9]], UNCALIBRATED)
+    assert noise_of(base, sampler, trainer) == Noise(pytest.approx(0.1), pytest.approx(0.1 * part))
 
 
 def test_versions_with_the_same_scores_cannot_be_told_apart() -> None:
