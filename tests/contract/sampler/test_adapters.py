@@ -11,7 +11,10 @@ import torch
 from app.net.clients import HttpClient
 from app.samplers.client import CompletionRequest, SamplerClient
 from app.samplers.errors import ModelNotServed, SamplerRejected, SamplerUnavailable
-from tests.contract.sampler.servers import AdapterMaker, Target, teacher_forced
+from tests.contract.sampler.servers import SLOTS, AdapterMaker, Target, teacher_forced
+from tests.contract.sampler.test_batching import under_way
+
+pytestmark = pytest.mark.timeout(300)  # the first test of an engine starts it
 
 IDS = [(11 * i + 3) % 250 for i in range(60)]
 Load = Callable[[str, Path], Any]
@@ -179,18 +182,17 @@ async def test_a_request_in_flight_finishes_on_the_weights_of_its_unloaded_adapt
     body = {
         "model": "flight-v1",
         "prompt": IDS,
-        "max_tokens": 300,
+        "max_tokens": 440,
         "logprobs": 0,
         "return_token_ids": True,
         "ignore_eos": True,
     }
-    flight = asyncio.create_task(http.post(f"{target.url}/v1/completions", json=body))
-    await asyncio.sleep(0.1)
+    flight = await under_way(http, target, body)
     await client.unload_adapter("flight-v1")
     assert not flight.done()
     choice = (await flight).json()["choices"][0]
     expected = teacher_forced(merged(reference, path, target.model_dir), [*IDS, *choice["token_ids"]])[len(IDS) - 1 :]
-    assert len(choice["token_ids"]) == 300
+    assert len(choice["token_ids"]) == 440
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=2e-4)
 
 
@@ -199,7 +201,39 @@ async def test_more_versions_than_the_limit_are_refused(
 ) -> None:
     if not target.builtin:
         pytest.skip("vLLM loads them and lets their requests wait")
-    for i in range(4):
+    for i in range(SLOTS):
         await loaded(f"many-v{i}", make_adapter(f"many-v{i}"))
     with pytest.raises(SamplerRejected, match="max-loras"):
         await client.load_adapter("many-v4", str(make_adapter("many-v4")))
+
+
+async def test_requests_for_more_versions_than_slots_wait_and_all_complete(
+    client: SamplerClient, loaded: Load, make_adapter: AdapterMaker, target: Target, reference: Any
+) -> None:
+    if target.builtin:
+        pytest.skip("the built-in engine refuses the load")
+    paths = {f"queue-v{i}": make_adapter(f"queue-v{i}", seed=20 + i) for i in range(SLOTS + 2)}
+    for name, path in paths.items():
+        await loaded(name, path)
+    requests = [CompletionRequest(name, IDS, 40, timeout_s=60) for name in paths]
+    done = await asyncio.gather(*(client.complete(request) for request in requests))
+    for path, completion in zip(paths.values(), done, strict=True):
+        model = merged(reference, path, target.model_dir)
+        expected = teacher_forced(model, [*IDS, *completion.token_ids])[len(IDS) - 1 :]
+        assert completion.log_probs == pytest.approx(expected, abs=2e-4)
+
+
+async def test_a_version_is_scored_while_others_are_sampled(
+    client: SamplerClient, loaded: Load, make_adapter: AdapterMaker, reference: Any, target: Target
+) -> None:
+    """A publication's canary, beside rollouts of the version before: an engine that takes adapters at the head dies."""
+    paths = {name: make_adapter(name, seed=i) for i, name in enumerate(("beside-v1", "beside-v2"), 30)}
+    for name, path in paths.items():
+        await loaded(name, path)
+    sampled = [
+        asyncio.create_task(client.complete(CompletionRequest("beside-v1", IDS, 60, timeout_s=60))) for _ in "ab"
+    ]
+    scores = await asyncio.gather(*(client.score("beside-v2", IDS) for _ in range(3)))
+    expected = teacher_forced(merged(reference, paths["beside-v2"], target.model_dir), IDS)
+    assert all(row == pytest.approx(expected, abs=1e-4) for row in scores)
+    assert all([len((await task).token_ids) > 0 for task in sampled])

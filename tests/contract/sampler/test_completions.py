@@ -10,6 +10,8 @@ from app.samplers.client import CompletionRequest, SamplerClient
 from app.samplers.errors import ModelNotServed, SamplerRejected
 from tests.contract.sampler.servers import Target, teacher_forced
 
+pytestmark = pytest.mark.timeout(300)  # the first test of an engine starts it
+
 PROMPT = [10, 11, 12, 13, 14, 15]
 
 
