@@ -4,13 +4,13 @@ Does not cover: where batches come from and what follows a step (`workers.traine
 with the rows), rewards and generation (TRL's own are never used).
 
 Private names of TRL 1.16.0 this relies on: `_prepare_inputs`, `_compute_loss`, `_get_per_token_logps_and_entropies`,
-`_metrics`, `beta`, and the keys of the batch dictionary. The contract test in tests/unit/trainer holds them.
+`_send_telemetry`, `_metrics`, `beta`, and the keys of the batch dictionary. Contract tests in tests/unit/trainer hold them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class MicroBatch:
     depth: Tensor
     plan: TreePlan | None
     forwarded: int
+    counts: bool = True  # False: repeated rows without effect, because other ranks have one micro-batch more
 
 
 class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
@@ -94,9 +95,11 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
         optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR],
         world: World | None = None,
         gpu_share: float | None = None,
+        in_step: bool = False,
     ) -> None:
+        """`in_step`: all ranks make the same number of passes, as a sharded base needs."""
         self._next_rows, self._progress, self._hyper = next_rows, progress, hyper
-        self._world = world or World()
+        self._world, self._in_step = world or World(), in_step
         self._micro: MicroBatch | None = None
         self._scored: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._done = self._total = 0
@@ -133,16 +136,22 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
         batch = [row for row in batch if any(row.mask[1:])]
         rows = [batch[i] for i in budget.share([row.ids for row in batch], self._world.rank, self._world.size)]
         cut = self.arrange([row.ids for row in rows], self.budget)
+        counts = [len(cut.rows)]
+        if self._in_step:
+            everybody = self._world.gather((len(cut.rows), cut.checkpoint))
+            counts = [count for count, _ in everybody]
+            cut = replace(cut, checkpoint=any(checkpoint for _, checkpoint in everybody))
         self._set_checkpointing(cut.checkpoint)
         if self._plain:
             attend(self.model, as_trie=cut.packed)
         loss = torch.zeros((), device=self.accelerator.device)
-        self._done, self._total = 0, (3 if self.beta else 2) * len(cut.rows)
+        self._done, self._total = 0, (3 if self.beta else 2) * max(counts)
         self._progress(0, self._total)
-        for indices in cut.rows:
-            self._micro = self._collate([rows[i] for i in indices], trained, packed=cut.packed)
-            self.diagnostics.forwarded_tokens += self._micro.forwarded
-            self.diagnostics.micro_batches += 1
+        micro_batches = [[rows[i] for i in indices] for indices in cut.rows]
+        for index in range(max(counts)):
+            counts_here = index < len(micro_batches)
+            chosen = micro_batches[index] if counts_here else batch[:1]
+            self._micro = replace(self._collate(chosen, trained, packed=cut.packed), counts=counts_here)
             loss += super().training_step(model, inputs, num_items_in_batch)
             self._advance()
         self._micro = self._scored = None
@@ -167,6 +176,9 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
         self.step_loss = loss.item()
         return loss
 
+    def _send_telemetry(self) -> None:
+        """Nothing about a job leaves the host, whatever the environment says."""
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
         assert self._micro is not None
         return self._micro.inputs
@@ -184,12 +196,12 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
         self._advance()
         trained, old = inputs["tool_mask"], inputs["old_per_token_logps"]
         now = new.detach()
-        kept, masked_rows = kept_tokens(now, old, trained, self._hyper.limits)
-        if self.beta:
-            down = inputs["ref_per_token_logps"][where] - now[where]
-            kl = torch.expm1(down) - down
-        self.diagnostics.add(
-            TokenFacts(
+        kept, masked_rows = kept_tokens(now, old, trained * micro.counts, self._hyper.limits)
+        if micro.counts:
+            if self.beta:
+                down = inputs["ref_per_token_logps"][where] - now[where]
+                kl = torch.expm1(down) - down
+            facts = TokenFacts(
                 now[where],
                 old[where],
                 entropy[where],
@@ -197,10 +209,10 @@ class PackedGRPO(GRPOTrainer):  # type: ignore[misc]  # untyped base
                 kept[where],
                 micro.depth,
                 kl,
-            ),
-            len(new),
-            int(masked_rows.sum()),
-        )
+            )
+            self.diagnostics.add(facts, len(new), int(masked_rows.sum()))
+            self.diagnostics.forwarded_tokens += micro.forwarded
+            self.diagnostics.micro_batches += 1
         inputs["tool_mask"] = kept.long()
         # A masked ratio may be infinite, and infinity times a mask of zero is not a number.
         inputs["old_per_token_logps"] = torch.where(kept, old, now)

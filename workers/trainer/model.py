@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, set_seed
 
 from workers.messages import LoraSpec
 from workers.trainer import attention, layers
+from workers.trainer.world import UnsupportedLaunch, World
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -61,6 +64,24 @@ def add_adapter(base: Any, lora: LoraSpec, seed: int) -> PeftModel:
         raise UnsupportedModel(f"LoRA targets {sorted(missing)} match no module")
     layers.speed_up(policy)
     return policy
+
+
+def shard_base(policy: PeftModel, world: World) -> None:
+    """Split each frozen decoder layer over the ranks (FSDP2): a rank holds its part, and one whole layer while it runs.
+
+    The adapter stays whole everywhere: it is small, it is what is published, and its gradients are summed by `World`.
+    From then on every forward and backward pass is an exchange, so all ranks must make the same number of them.
+    """
+    base = policy.get_base_model()
+    kinds = set(getattr(base, "_no_split_modules", None) or ())
+    blocks = [module for module in base.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise UnsupportedLaunch(f"{type(base).__name__} does not say what its layers are; its base cannot be sharded")
+    adapter = {parameter for parameter in policy.parameters() if parameter.requires_grad}
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world.size,))
+    for block in blocks:
+        # A block is a root of its own here, and a root would by default stay whole after its forward pass.
+        fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
 
 
 def attend(policy: PeftModel, *, as_trie: bool) -> None:

@@ -59,6 +59,10 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
         self._channel.send(Progress("load", 1, 3))
         self._canary: list[list[int]] = json.loads(Path(start.canary).read_text())
         policy = model.load_policy(start.model_path, start.dtype, start.lora, start.seed)
+        sharded = start.shard_base and self._world.size > 1
+        if sharded:
+            model.shard_base(policy, self._world)
+        self._scores_canary = sharded or not self._world.rank  # a sharded forward pass needs every rank
         self._channel.send(Progress("load", 2, 3))
         optimizer, scheduler = grpo.make_optimizer(policy, start.learning_rate)
         self._state = snapshot.TrainerState(policy, optimizer, scheduler)
@@ -75,6 +79,7 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
                 (optimizer, scheduler),
                 self._world,
                 start.gpu_memory_share,
+                in_step=sharded,
             )
             try:
                 if remaining > 0:
@@ -95,9 +100,11 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         updated = self._clock()
         self._compare_ranks()
+        scores, canary_s = self._score_canary()
         if self._world.rank:
             return
-        adapter, canary_s, publication_s = self._publish()
+        publication_began = self._clock()
+        adapter = self._publish(scores)
         snapshot_began = self._clock()
         path, digest = snapshot.write_snapshot(Path(self._start.snapshots_dir), self.step, self._state)
         trainer = self._trainer
@@ -110,7 +117,7 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
         seconds = {
             "update": updated - self._step_began,
             "canary": canary_s,
-            "publication": publication_s,
+            "publication": snapshot_began - publication_began,
             "snapshot": self._clock() - snapshot_began,
         }
         self._channel.send(StepDone(self.step, adapter, str(path), digest, metrics, seconds))
@@ -118,9 +125,10 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
     def _begin(self) -> None:
         if self._start.snapshot:
             snapshot.restore_snapshot(Path(self._start.snapshot), self._state)
+        scores, _ = self._score_canary()
         if self._world.rank:
             return
-        adapter, _, _ = self._publish()
+        adapter = self._publish(scores)
         self._channel.send(Ready(self.step, adapter, self._clock() - self._began))
 
     def _next_rows(self) -> Sequence[TrainingRow]:
@@ -139,24 +147,27 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
         if not isinstance(message, Stop):
             raise ProtocolError(f"all {self._start.total_steps} steps are done; got {message}")
 
-    def _publish(self) -> tuple[Published, float, float]:
-        """Score the canary with the adapter as it is now, publish it; also returns both durations."""
-        start = self._start
+    def _score_canary(self) -> tuple[list[list[float]], float]:
+        """The canary's log-probs with the adapter as it is now, and how long that took."""
+        if not self._scores_canary:
+            return [], 0.0
         began = self._clock()
         self._channel.send(Progress("canary", 0, 1))
-        scores = scoring.score_rows(self._state.policy, self._canary, start.temperature)
-        scored = self._clock()
+        scores = scoring.score_rows(self._state.policy, self._canary, self._start.temperature)
+        return scores, self._clock() - began
+
+    def _publish(self, canary: list[list[float]]) -> Published:
+        start = self._start
         self._channel.send(Progress("publication", 0, 1))
-        adapter = publish.publish(
+        return publish.publish(
             self._state.policy,
             adapters_dir=Path(start.adapters_dir),
             prefix=start.adapter_prefix,
             version=self.step,
             lora=start.lora,
             base=start.model_path,
-            canary=scores,
+            canary=canary,
         )
-        return adapter, scored - began, self._clock() - scored
 
     def _hyperparameters(self, steps: int) -> grpo.Hyperparameters:
         start = self._start

@@ -5,7 +5,10 @@ Does not cover: a warning that our own code causes; it stays an error.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1")  # as the trainer process does, before imports
 
 import pytest
 import tiny_policy

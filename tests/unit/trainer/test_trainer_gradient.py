@@ -237,6 +237,14 @@ def test_a_model_that_does_not_pack_takes_trls_head_and_the_same_gradient(tmp_pa
     assert difference(gradients, reference(path, rows, hyper)[0]) < 1e-6
 
 
+def test_trl_reports_nothing_to_anybody(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **_: sent.append(args))
+    monkeypatch.delenv("CI", raising=False)  # TRL is silent there by itself
+    update(load(llama), make_rows(1), tmp_path)
+    assert sent == []
+
+
 def test_a_batch_of_which_everything_is_masked_is_refused(llama: Path, tmp_path: Path) -> None:
     hyper = replace(HYPER, limits=Limits((0.99, 1.01), None))
     with pytest.raises(grpo.NothingKept, match="sampler and trainer disagree"):

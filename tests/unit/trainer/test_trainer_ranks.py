@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -90,6 +91,23 @@ def test_two_ranks_publish_what_one_publishes_and_go_on_from_its_snapshot(llama:
         assert child.process.wait(30) == 0
     assert resumed.adapter.sha256 == done[2].adapter.sha256
     assert resumed.snapshot_sha256 == done[2].snapshot_sha256
+
+
+def test_a_base_split_over_two_ranks_gives_the_same_update(llama: Path, tmp_path: Path) -> None:
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    alone.mkdir()
+    pair.mkdir()
+    steps = [make_step(alone, step + 1, rows) for step, rows in enumerate(STEPS)]
+    supervisor = Supervisor(list(steps))
+    Session(make_start(alone, llama, **EXTRAS), supervisor).run()
+    with trainer(tmp_path / "log") as child:
+        done = take_steps(child, make_start(pair, llama, processes=2, shard_base=True, **EXTRAS), steps)
+    for ours, theirs in zip(done, supervisor.of(StepDone), strict=True):
+        one, other = adapter(ours), adapter(theirs)
+        assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-5
+        assert ours.metrics["trained_tokens"] == theirs.metrics["trained_tokens"]
+        scores = [json.loads(Path(each.adapter.canary_log_probs).read_text()) for each in (ours, theirs)]
+        assert scores[0] == [pytest.approx(row, abs=1e-4) for row in scores[1]]
 
 
 def test_a_rank_that_dies_takes_the_others_along_and_is_named(llama: Path, tmp_path: Path) -> None:
