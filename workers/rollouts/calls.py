@@ -17,6 +17,7 @@ from hashlib import blake2b
 from typing import Any
 
 DIGEST_BYTES = 8
+PIECE = 2000  # bytes: above 2,047 hashlib lets go of the interpreter lock, and getting it back costs more than the hash
 
 
 class TokenDrift(Exception):
@@ -150,7 +151,7 @@ class CallTree:
             for index, call in enumerate(self.calls):
                 if call.segment != number:
                     continue
-                seen.update(segment.ids[position : call.start])
+                _feed(seen, segment.ids[position : call.start])
                 if call.start < position or seen.digest() != call.sent:
                     raise TokenDrift(f"call {index}: the prompt is not what the engine was sent")
                 ids, log_probs = segment.ids[call.start : call.end], segment.log_probs[call.start : call.end]
@@ -159,7 +160,7 @@ class CallTree:
                 given, sampled = segment.mask[position : call.start], segment.mask[call.start : call.end]
                 if any(given) or sampled.count(1) != call.end - call.start:
                     raise TokenDrift(f"call {index}: the mask does not mark exactly what was sampled")
-                seen.update(ids)
+                _feed(seen, ids)
                 position = call.end
             if any(segment.mask[position:]):
                 raise TokenDrift(f"segment {number}: the mask marks tokens that no call sampled")
@@ -178,5 +179,11 @@ class CallTree:
 def _digest(*arrays: array[int] | array[float]) -> bytes:
     found = blake2b(digest_size=DIGEST_BYTES)
     for each in arrays:
-        found.update(each)
+        _feed(found, each)
     return found.digest()
+
+
+def _feed(digest: blake2b, values: array[int] | array[float]) -> None:
+    octets = values.tobytes()
+    for first in range(0, len(octets), PIECE):
+        digest.update(octets[first : first + PIECE])
