@@ -113,10 +113,10 @@ async def traffic(congestion: Congestion, lives: Sequence[Life], seconds: float,
 def test_it_settles_where_the_engines_rows_are_full_and_its_queue_is_short() -> None:
     async def main() -> None:
         engine, congestion = Engine(rows=40, kv=1000), Congestion(floor=4, ceiling=1000, clock=clock)
-        limits = await traffic(congestion, [engine.turn] * 1000, 300, engine.loads)
+        limits = await traffic(congestion, [engine.turn] * 300, 150, engine.loads)
         assert max(limits) < 200  # the first probe overshoots once
-        assert all(36 <= limit <= 64 for limit in limits[60:])
-        assert engine.served >= 0.97 * 40 * 299
+        assert all(36 <= limit <= 64 for limit in limits[50:])
+        assert engine.served >= 0.97 * 40 * 149
 
     simulate(main())
 
@@ -124,11 +124,11 @@ def test_it_settles_where_the_engines_rows_are_full_and_its_queue_is_short() -> 
 def test_it_settles_below_a_full_cache_and_recovers_when_there_is_more() -> None:
     async def main() -> None:
         engine, congestion = Engine(rows=10_000, kv=100), Congestion(floor=8, ceiling=1000, clock=clock)
-        limits = await traffic(congestion, [engine.turn] * 1000, 120, engine.loads)
+        limits = await traffic(congestion, [engine.turn] * 400, 80, engine.loads)
         assert all(60 <= limit <= 85 for limit in limits[30:])
         engine.kv = 400
-        limits = await traffic(congestion, [engine.turn] * 1000, 120, engine.loads)
-        assert all(240 <= limit <= 330 for limit in limits[60:])
+        limits = await traffic(congestion, [engine.turn] * 400, 80, engine.loads)
+        assert all(240 <= limit <= 330 for limit in limits[50:])
 
     simulate(main())
 
