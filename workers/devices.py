@@ -43,6 +43,18 @@ class Shares:
     shared: bool
 
 
+@dataclass(frozen=True)
+class TrainerShare:
+    """The trainer's GPUs (none: it runs on the CPU) and the share of each one's memory it may take."""
+
+    gpus: tuple[int, ...]
+    memory: float
+
+    def environment(self) -> dict[str, str]:
+        """For the trainer's process; its ranks take one each of what is visible."""
+        return visible_only(self.gpus) if self.gpus else {}
+
+
 class NotEnoughGpus(Exception):
     """The message says what was asked for, what is there, and which settings to change."""
 
@@ -104,6 +116,11 @@ def share(found: Sequence[Gpu], *, servers: int, width: int, memory: float | Non
         return Shares(samplers, left, memory or ALONE, ALONE, shared=False)
     taken = memory or SHARED
     return Shares(samplers, tuple(order), taken, round(max(0.0, ALONE - taken), 2), shared=True)
+
+
+def visible_only(indices: Sequence[int]) -> dict[str, str]:
+    """Let a process see these GPUs. nvidia-smi counts in PCI order; CUDA by itself puts the fastest card first."""
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in indices)}
 
 
 def has_bf16(found: Sequence[Gpu], flags: frozenset[str] | None = None) -> bool:

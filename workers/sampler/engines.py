@@ -15,7 +15,7 @@ from typing import Any
 
 from app.core.settings import Settings
 from app.models.catalogue import Catalogue
-from workers.devices import Gpu, NotEnoughGpus, gpus
+from workers.devices import ALONE, Gpu, NotEnoughGpus, TrainerShare, gpus
 from workers.sampler.launch import BuiltIn, Engine
 from workers.sampler.vllm import Vllm, lora_rank
 
@@ -61,6 +61,14 @@ def vllm_python(settings: Settings, beside: Path = BESIDE) -> Path | None:
             raise NoEngine(f"HONE_VLLM_PYTHON: {python} cannot be run")
         return python
     return beside if os.access(beside, os.X_OK) else None
+
+
+def trainer_share(settings: Settings, found: Sequence[Gpu], beside: Path = BESIDE) -> TrainerShare:
+    """What a trainer on this host may take beside the samplers of this host. Raises `NoEngine`, `NotEnoughGpus`."""
+    engine = None if settings.sampler_urls else choose(settings, found, beside).engine
+    if isinstance(engine, Vllm) and engine.shares is not None:
+        return TrainerShare(engine.shares.trainer, engine.shares.trainer_memory)
+    return TrainerShare(tuple(gpu.index for gpu in found), ALONE)
 
 
 def describe(settings: Settings, found: Sequence[Gpu], beside: Path = BESIDE) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from app.core.settings import Settings
 from app.models.catalogue import BaseModel
-from workers.devices import Gpu, Shares, has_bf16, share
+from workers.devices import Gpu, Shares, has_bf16, share, visible_only
 from workers.sampler.launch import HOST, OFFLINE, Launch
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
@@ -101,6 +101,4 @@ class Vllm:
     def _environment(self, server: int) -> dict[str, str]:
         if self.shares is None:
             return {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(self._settings.vllm_cpu_kv_gib)}
-        mine = ",".join(str(index) for index in self.shares.samplers[server])
-        # nvidia-smi counts in PCI order; CUDA by itself puts the fastest card first.
-        return {**ENVIRONMENT, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": mine}
+        return {**ENVIRONMENT, **visible_only(self.shares.samplers[server])}

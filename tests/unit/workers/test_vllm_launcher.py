@@ -11,7 +11,7 @@ from app.core.settings import Settings
 from app.models.catalogue import BaseModel
 from tests.tiny import make_weightless_llama
 from workers.devices import Gpu
-from workers.sampler.engines import NoEngine, choose, describe
+from workers.sampler.engines import NoEngine, choose, describe, trainer_share
 from workers.sampler.vllm import RANKS, Vllm, lora_rank
 
 PYTHON = Path(sys.executable)
@@ -127,6 +127,23 @@ def test_a_vllm_that_is_asked_for_and_not_there_is_an_error(settings: Settings) 
         choose(settings.model_copy(update={"sampler_engine": "vllm"}), [], NOWHERE)
     with pytest.raises(NoEngine, match="HONE_VLLM_PYTHON"):
         choose(settings.model_copy(update={"vllm_python": NOWHERE}), [], PYTHON)
+
+
+@pytest.mark.parametrize(
+    ("update", "gpus", "mine", "memory"),
+    [
+        ({"vllm_python": PYTHON}, 1, (0,), 0.45),
+        ({"vllm_python": PYTHON}, 3, (1, 2), 0.9),
+        ({"sampler_engine": "builtin"}, 2, (0, 1), 0.9),
+        ({"sampler_urls": "http://elsewhere:8000", "vllm_python": PYTHON}, 1, (0,), 0.9),
+    ],
+)
+def test_the_trainer_gets_what_the_samplers_of_this_host_leave(
+    settings: Settings, update: dict[str, object], gpus: int, mine: tuple[int, ...], memory: float
+) -> None:
+    share = trainer_share(settings.model_copy(update=update), cards(gpus), NOWHERE)
+    assert (share.gpus, share.memory) == (mine, memory)
+    assert share.environment()["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, mine))
 
 
 def test_the_description_has_the_command_of_every_server(settings: Settings, model: BaseModel) -> None:
