@@ -85,7 +85,7 @@ def main() -> None:
     dtype = "float32" if options.shape == "tiny" else "bfloat16"
     model = shapes.random_model(options.shape, dtype)
     policy = adapters.random_policy(model, dtype, RANK)
-    rows = rows_of(options.tokens, options.row, 600)
+    rows = rows_of(options.tokens, options.row, int(policy.config.vocab_size))
     spans = step_seconds(policy, rows, options.steps)
     tokens = sum(len(row.ids) for row in rows)
     rate = tokens / report.median(spans[1:] or spans)  # the first step compiles and allocates

@@ -4,7 +4,7 @@ Run as `python -m benchmarks.harness.tool_server [--mean 1 --p99 10]`; the first
 ASGI: the server must not be what is measured. Does not cover: authentication, failures.
 
 The n-th call since the last `/reset` waits the n-th latency of a seeded sequence, whoever makes it: both sides of a
-benchmark meet the same latencies. Bodies: ours (`arguments`, a JSON text) or `{"item": …}` as a plain function sends.
+benchmark meet the same latencies. A body holds `arguments`, a JSON text, as the service sends it.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ class ToolServer:
             await asyncio.sleep(wait_s)
         finally:
             seen["in_flight"] -= 1
-        arguments = request.get("arguments", request)
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
+        arguments = json.loads(request["arguments"])
         words = int((request.get("item") or {}).get("reply_words", 0))  # a long page around the answer
         output = answer_of(name, arguments) + " " + " ".join(str(seen["calls"] + at) for at in range(words))
         return {"type": "function_call_output", "output": output.strip()}
