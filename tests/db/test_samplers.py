@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select, update
@@ -12,8 +13,8 @@ from app.core.settings import Settings
 from app.db.engine import Database, now
 from app.db.tables import AdapterPin, Sampler, SamplerAdapter, SamplerWant
 from app.samplers import repository
-from app.samplers.errors import SamplerGone
-from app.samplers.service import Adapter, NoSampler
+from app.samplers.errors import AdapterNotVisible, SamplerGone
+from app.samplers.service import Adapter, NoSampler, seen_path
 from tests.db.rows import Seed
 from tests.unit.workers.fake_engine import FakeEngine, FakeSamplers
 
@@ -235,3 +236,94 @@ async def test_a_sampler_that_just_failed_is_avoided_while_there_is_another(samp
     samplers.forget(lease.sampler)
     async with samplers.acquire("tiny", None, CHAT, avoid=frozenset({"sampler-a"})) as lease:
         assert lease.sampler.id == "sampler-b"
+
+
+# --- several samplers -----------------------------------------------------------------------------------------------
+
+
+async def where(samplers: FakeSamplers, name: str, holder: str = CHAT) -> str:
+    async with samplers.acquire("tiny", adapter(name), holder) as lease:
+        return lease.sampler.id
+
+
+async def test_the_sampler_that_holds_the_adapter_is_taken_before_an_empty_one(samplers: FakeSamplers) -> None:
+    await samplers.add("a")
+    await use(samplers, "x", "somebody")
+    newer = await samplers.add("b")  # newest first, without the adapter
+    samplers.forget((await samplers.live("tiny", max_age_s=0))[0])
+    assert await where(samplers, "x") == "sampler-a"
+    assert newer.calls == []
+
+
+async def test_an_empty_slot_is_taken_before_anything_is_evicted(database: Database, samplers: FakeSamplers) -> None:
+    await samplers.add("a", slots=3)
+    full = await samplers.add("b", slots=1)
+    async with database.begin() as session:
+        await repository.add_adapter(session, "sampler-b", "idle", "/idle")
+    full.adapters["idle"] = "/idle"
+    assert await where(samplers, "x") == "sampler-a"
+    assert set(full.adapters) == {"idle"}
+
+
+async def test_a_sampler_whose_slots_are_all_in_use_is_passed_over(database: Database, samplers: FakeSamplers) -> None:
+    await samplers.add("a", slots=1)
+    await samplers.add("b", slots=1)
+    found = [await where(samplers, name) for name in ("x", "y")]
+    assert sorted(found) == ["sampler-a", "sampler-b"]
+    with pytest.raises(NoSampler, match="every adapter slot"):
+        await where(samplers, "z")
+    await expire_pins(database, "x")
+    assert await where(samplers, "z") == found[0]  # x is idle and goes
+
+
+async def test_a_sampler_that_does_not_answer_the_load_is_passed_over(samplers: FakeSamplers) -> None:
+    await samplers.add("a")
+    dead = await samplers.add("b")
+    dead.dead = True
+    assert await where(samplers, "x") == "sampler-a"
+
+
+async def test_requests_to_the_base_model_are_spread(samplers: FakeSamplers) -> None:
+    for name in ("a", "b"):
+        await samplers.add(name)
+    seen = []
+    for _ in range(4):
+        async with samplers.acquire("tiny", None, CHAT) as lease:
+            seen.append(lease.sampler.id)
+    assert sorted(seen) == ["sampler-a", "sampler-a", "sampler-b", "sampler-b"]
+
+
+async def test_a_sampler_elsewhere_gets_the_path_it_sees(samplers: FakeSamplers, settings: Settings) -> None:
+    there = await samplers.add("a", root="/mnt/hone")
+    path = settings.checkpoints_dir / "ftjob-1" / "step-3"
+    for _ in range(2):  # loaded once, then recognised by that same path
+        async with samplers.acquire("tiny", Adapter("ft:x", str(path)), CHAT):
+            assert there.adapters == {"ft:x": "/mnt/hone/checkpoints/ftjob-1/step-3"}
+        await samplers.lost_adapter((await samplers.live("tiny"))[0], "ft:x")
+
+
+async def test_a_directory_that_the_sampler_does_not_have_is_named_on_both_sides(
+    samplers: FakeSamplers, settings: Settings
+) -> None:
+    there = await samplers.add("a", root="/mnt/hone")
+    path = settings.checkpoints_dir / "step-3"
+    there.hidden.add("/mnt/hone/checkpoints/step-3")
+    with pytest.raises(AdapterNotVisible) as caught:
+        async with samplers.acquire("tiny", Adapter("ft:x", str(path)), CHAT):
+            pass
+    assert "/mnt/hone/checkpoints/step-3" in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "theirs", "seen"),
+    [
+        ("/data/adapters/v1", "", "/data/adapters/v1"),
+        ("/data/adapters/v1", "/data", "/data/adapters/v1"),
+        ("/data/adapters/v1", "/mnt", "/mnt/adapters/v1"),
+        ("/elsewhere/v1", "/mnt", "/elsewhere/v1"),
+        ("/database/v1", "/mnt", "/database/v1"),
+    ],
+)
+def test_only_paths_below_our_directory_are_mapped(path: str, theirs: str, seen: str) -> None:
+    assert seen_path(path, Path("/data"), theirs) == seen

@@ -136,8 +136,9 @@ class Row:
         def figure(value: float | None, form: str) -> str:
             return "-" if value is None else format(value, form)
 
+        passed = "not resolvable" if b.get("verdict") == "not_resolvable" else "NOT CAUGHT"
         return (
-            f"{self.fault:<17} {self.rate:<7.0e} {self.caught or ('-' if self.fault == 'none' else 'NOT CAUGHT'):<16} "
+            f"{self.fault:<17} {self.rate:<7.0e} {self.caught or ('-' if self.fault == 'none' else passed):<16} "
             f"{figure(a.get('mean_abs'), '.2e'):>9} {figure(a.get('limit_mean_abs'), '.2g'):>7} "
             f"{figure(a.get('k3'), '.1e'):>8} {figure(b.get('projection'), '+.3f'):>9} "
             f"{figure(b.get('noise_sd'), '.2g'):>8} {b.get('verdict', '-'):>14} {c.get('verdict', '-'):>14}"

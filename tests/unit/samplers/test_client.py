@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.samplers.client import CompletionRequest, SamplerClient
-from app.samplers.errors import ModelNotServed, SamplerMisbehaved, SamplerRejected, SamplerUnavailable
+from app.samplers.errors import AdapterRefused, ModelNotServed, SamplerMisbehaved, SamplerRejected, SamplerUnavailable
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -68,6 +68,7 @@ async def test_every_sampling_field_is_sent_so_that_no_default_decides() -> None
         answer(choice={"logprobs": None}),
         answer(choice={"logprobs": {"token_logprobs": [-0.5, None]}}),
         answer(choice={"finish_reason": None}),
+        answer(choice={"prompt_token_ids": [1, 2, 4]}),
         answer(usage=None),
         ["not an object"],
     ],
@@ -137,3 +138,27 @@ async def test_a_score_has_one_value_for_each_position_after_the_first() -> None
 async def test_a_score_for_other_tokens_is_not_believed(rows: Any) -> None:
     with pytest.raises(SamplerMisbehaved):
         await client(answering(answer(choice={"prompt_logprobs": rows}))).score("job-v1", [1, 2, 3])
+
+
+async def test_the_prompt_that_was_computed_is_the_one_that_was_sent() -> None:
+    told = answer(choice={"prompt_token_ids": [1, 2, 3], "prompt_logprobs": [None, {"2": {"logprob": -1}}]})
+    assert (await client(answering(told)).complete(ASK)).prompt_tokens == 3
+    with pytest.raises(SamplerMisbehaved, match="prompt_token_ids"):
+        await client(answering(told)).score("job-v1", [1, 2])
+
+
+@pytest.mark.parametrize(("health", "error"), [(200, AdapterRefused), (503, SamplerUnavailable)])
+async def test_files_that_a_healthy_engine_cannot_load_are_the_files_fault(health: int, error: type[Exception]) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(health if request.url.path == "/health" else 500, json={"error": {"message": "rank 64"}})
+
+    with pytest.raises(error, match="rank 64") as caught:
+        await client(handler).load_adapter("job-v1", "/adapters/v1")
+    assert type(caught.value) is error
+
+
+async def test_metrics_come_as_the_text_they_are() -> None:
+    text = "vllm:num_requests_running 3\n"
+    assert await client(lambda _: httpx.Response(200, text=text)).metrics() == text
+    with pytest.raises(ModelNotServed):
+        await client(lambda _: httpx.Response(404, text="no")).metrics()
