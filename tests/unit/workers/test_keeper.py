@@ -28,7 +28,7 @@ from workers.sampler.keeper import Keeper
 from workers.sampler.kept import Kept, Place
 from workers.sampler.launch import Engine, Launch
 
-# argv: what it serves, the port; "broken" ends at start, "mute" answers no request for tokens.
+# argv: what it serves, the port; "broken" ends at start, "mute" gives no tokens, "plain" takes no adapters.
 SERVER = """
 import http.server, json, sys
 serves = sys.argv[1]
@@ -39,12 +39,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
     def do_GET(self):
-        models = {"data": [{"id": "tiny" if serves == "mute" else serves, "max_model_len": 4096}]}
+        models = {"data": [{"id": "tiny" if serves in ("mute", "plain") else serves, "max_model_len": 4096}]}
         self.answer({"/v1/models": models, "/version": {"version": "9", "dtype": "float32"}}.get(self.path, {}))
     def do_POST(self):
         if serves == "mute":
             print("RuntimeError: head_dim=16 is not supported", flush=True)
             return self.answer({"error": {"message": "EngineCore encountered an issue"}}, 500)
+        if "lora" in self.path:
+            body = {"detail": "Not Found"} if serves == "plain" else {"error": {"message": "no such adapter"}}
+            return self.answer(body, 404)
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         ids, count = asked["prompt"], asked["max_tokens"]
         scores = [None, *({str(i): {"logprob": -1.0}} for i in ids[1:])] if "prompt_logprobs" in asked else None
@@ -191,8 +194,15 @@ async def test_one_whose_first_request_fails_is_not_registered_and_its_log_says_
     await want(database)
     await until(keeper, lambda: failed(keeper))
     assert await rows(database) == []
-    assert "first request failed" in keeper.failures.of("tiny")
+    assert "first requests failed" in keeper.failures.of("tiny")
     assert "head_dim=16 is not supported" in keeper.failures.of("tiny")
+
+
+async def test_one_that_takes_no_adapters_is_told_apart(database: Database, keepers: Make) -> None:
+    keeper = keepers("plain")
+    await want(database)
+    await until(keeper, lambda: failed(keeper))
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in keeper.failures.of("tiny")
 
 
 async def test_one_that_serves_too_short_a_context_is_not_registered(database: Database, keepers: Make) -> None:
