@@ -174,6 +174,13 @@ async def test_a_limit_that_nobody_reaches_does_not_grow() -> None:
     assert congestion.limit == 20
 
 
+async def test_a_cut_starts_from_what_runs_not_from_a_limit_that_nobody_reached() -> None:
+    congestion = Congestion(floor=4, ceiling=100, start=80)
+    congestion.in_flight = 20
+    congestion.observe_sampler(load(kv_usage=0.99))
+    assert congestion.limit == 15
+
+
 async def test_a_queue_that_comes_and_goes_with_a_burst_is_no_congestion() -> None:
     congestion = Congestion(floor=4, ceiling=100, start=40)
     congestion.in_flight = 40
@@ -295,6 +302,27 @@ async def test_a_cancelled_waiter_neither_keeps_nor_loses_a_place() -> None:
     assert congestion.in_flight == congestion.waiting == 0
     async with asyncio.timeout(1):
         await one()
+
+
+@pytest.mark.parametrize("kind", ["slot", "tool"])
+async def test_who_is_let_in_and_cancelled_in_the_same_moment_gives_the_place_back(kind: str) -> None:
+    congestion = Congestion(floor=1, ceiling=1, start=1)
+    congestion._gate("t")._room = 1.0
+    place = {"slot": lambda: congestion.slot((0,)), "tool": lambda: congestion.tool("t")}[kind]
+    entered = asyncio.Event()
+
+    async def wait() -> None:
+        async with place():
+            entered.set()
+
+    async with place():
+        first, second = asyncio.create_task(wait()), asyncio.create_task(wait())
+        await asyncio.sleep(0)
+    first.cancel()  # its turn has come, it has not run yet
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert first.cancelled()
+    assert entered.is_set()
+    assert congestion.in_flight == congestion._gate("t").in_flight == 0
 
 
 # --- tools ---
