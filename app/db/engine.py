@@ -5,17 +5,21 @@ Does not cover: who commits. A request or a worker operation owns its transactio
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Engine, Float, Update, create_engine, event, make_url
+from sqlalchemy import URL, ColumnElement, CursorResult, Engine, Float, Update, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.expression import FunctionElement
+
+from app.db.patient import PatientConnection
 
 BUSY_TIMEOUT_S = 10
 
@@ -49,10 +53,22 @@ def create_async(url: str) -> AsyncEngine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database and parsed.database != ":memory:":
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+        engine = create_async_engine(url, async_creator=lambda: _patient(parsed))
+        dialect = engine.sync_engine.dialect
+        dialect.has_terminate = False
+        dialect.do_terminate = dialect.do_close  # type: ignore[method-assign]  # a second, forced close would not wait
         _prepare_sqlite(engine.sync_engine)
         return engine
     return create_async_engine(url, pool_pre_ping=True)
+
+
+def _patient(url: URL) -> PatientConnection:
+    """To be awaited."""
+    args, options = url.get_dialect()().create_connect_args(url)
+    connect = partial(sqlite3.connect, *args, **{**options, "timeout": BUSY_TIMEOUT_S})
+    connection = PatientConnection(connect, iter_chunk_size=64)
+    connection._thread.daemon = True  # as SQLAlchemy does: a process must not hang on a connection it forgot
+    return connection
 
 
 def create_sync(url: str) -> Engine:
