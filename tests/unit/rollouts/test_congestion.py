@@ -319,7 +319,8 @@ async def test_who_is_let_in_and_cancelled_in_the_same_moment_gives_the_place_ba
         first, second = asyncio.create_task(wait()), asyncio.create_task(wait())
         await asyncio.sleep(0)
     first.cancel()  # its turn has come, it has not run yet
-    await asyncio.gather(first, second, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await asyncio.gather(first, second, return_exceptions=True)
     assert first.cancelled()
     assert entered.is_set()
     assert congestion.in_flight == congestion._gate("t").in_flight == 0
