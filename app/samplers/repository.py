@@ -127,8 +127,10 @@ async def pin(session: AsyncSession, sampler_id: str, name: str, holder: str, se
     )
 
 
-async def unpin(session: AsyncSession, name: str, holder: str) -> None:
-    await session.execute(delete(AdapterPin).where(AdapterPin.name == name, AdapterPin.holder == holder))
+async def unpin(session: AsyncSession, name: str, holder: str, *, sampler_id: str | None = None) -> None:
+    """Let an adapter go on one sampler, or on all."""
+    pins = delete(AdapterPin).where(AdapterPin.name == name, AdapterPin.holder == holder)
+    await session.execute(pins if sampler_id is None else pins.where(AdapterPin.sampler_id == sampler_id))
 
 
 async def pinned(session: AsyncSession, sampler_id: str, name: str) -> bool:

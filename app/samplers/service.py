@@ -9,11 +9,15 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.settings import Settings
 from app.db.engine import Database
@@ -30,9 +34,12 @@ from app.samplers.errors import (
 
 log = logging.getLogger(__name__)
 
-PIN_S = 45.0  # a chat pin outlives its last request by at most this
+PIN_S = 45.0  # a chat pin outlives its process by at most this; while a request runs it is renewed
 RENEW_BELOW_S = 20.0
 LOAD_TIMEOUT_S = 60.0
+
+
+Pin = tuple[str, str, str]  # sampler, adapter, holder
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,10 @@ class Samplers:
         self._clients: dict[str, SamplerClient] = {}
         self._live: dict[str, tuple[float, list[LiveSampler]]] = {}
         self._wanted: dict[str, float] = {}
-        self._pins: dict[tuple[str, str, str], float] = {}
+        self._pins: dict[Pin, float] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._in_use: Counter[Pin] = Counter()
+        self._renewing: dict[Pin, asyncio.Task[None]] = {}
         self._turn = 0
 
     async def close(self) -> None:
@@ -134,8 +143,9 @@ class Samplers:
     ) -> AsyncIterator[Lease]:
         """A sampler that serves `adapter` (None: the base model). Raises `NoSampler` after `wait_s`.
 
-        The adapter is loaded on demand; the least recently used one without a live pin makes room. `avoid`: ids of
-        samplers that just failed; one of them is taken only when there is no other.
+        The adapter is loaded on demand and stays pinned to the end of the context; the least recently used one that
+        nobody is using makes room. `avoid`: ids of samplers that just failed; one of them is taken only when there is
+        no other.
         """
         await self.want(base_model)
         deadline = time.monotonic() + wait_s
@@ -147,7 +157,40 @@ class Samplers:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(0.25)
-        yield lease
+        if adapter is None:
+            yield lease
+            return
+        pin = (lease.sampler.id, adapter.name, holder)
+        self._in_use[pin] += 1  # no await since the pin was seen: nobody could let it go in between
+        if pin not in self._renewing:
+            self._renewing[pin] = asyncio.create_task(self._renew(pin))
+        try:
+            yield lease
+        finally:
+            self._in_use[pin] -= 1
+            if not self._in_use[pin]:
+                del self._in_use[pin]
+                self._renewing.pop(pin).cancel()
+
+    async def _renew(self, pin: Pin) -> None:
+        """Hold a pin while it is in use: a long answer outlives `PIN_S`."""
+        while True:
+            await asyncio.sleep(PIN_S / 3)
+            try:
+                async with self._database.begin() as session:
+                    await repository.pin(session, *pin, PIN_S)
+            except SamplerGone:
+                return
+            except SQLAlchemyError as error:
+                log.warning("could not renew the pin of %s: %s", pin[1], error)
+            else:
+                self._pins[pin] = time.monotonic() + PIN_S
+
+    async def _let_go(self, session: AsyncSession, sampler: LiveSampler) -> None:
+        """Give up our pins that no request is using: they spare a query, and are not worth a slot that is wanted."""
+        for pin in [pin for pin in self._pins if pin[0] == sampler.id and pin not in self._in_use]:
+            del self._pins[pin]  # first: from here on a request has to ask, and waits for its turn
+            await repository.unpin(session, pin[1], pin[2], sampler_id=sampler.id)
 
     async def _try(self, base_model: str, adapter: Adapter | None, holder: str, avoid: frozenset[str]) -> Lease:
         samplers = await self.live(base_model)
@@ -223,6 +266,8 @@ class Samplers:
             if await repository.loaded(session, sampler.id, name) is not None:
                 return
             room = sampler.max_loras - await repository.adapter_count(session, sampler.id) - keep_free
+            if room <= 0:
+                await self._let_go(session, sampler)
             victims = [] if room > 0 else list(await repository.evictable(session, sampler.id))[: 1 - room]
             if room + len(victims) <= 0:
                 raise NoSampler(f"every adapter slot of the sampler for {sampler.base_model} is in use", 10.0)

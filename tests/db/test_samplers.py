@@ -143,20 +143,55 @@ async def test_the_least_recently_used_idle_adapter_makes_room(database: Databas
 
 async def test_when_every_slot_is_in_use_the_caller_is_told_to_come_back(samplers: FakeSamplers) -> None:
     engine = await samplers.add("a", slots=2)
-    await use(samplers, "x")
-    await use(samplers, "y")
-    with pytest.raises(NoSampler, match="every adapter slot") as caught:
-        await use(samplers, "z")
+    async with samplers.acquire("tiny", adapter("x"), CHAT), samplers.acquire("tiny", adapter("y"), CHAT):
+        with pytest.raises(NoSampler, match="every adapter slot") as caught:
+            await use(samplers, "z")
     assert caught.value.retry_after_s > 0
     assert set(engine.adapters) == {"x", "y"}
+
+
+async def test_an_adapter_in_use_stays_and_an_idle_one_goes_at_once(samplers: FakeSamplers) -> None:
+    engine = await samplers.add("a", slots=2)
+    async with samplers.acquire("tiny", adapter("x"), CHAT):
+        for name in ("y", "z", "y"):
+            await use(samplers, name)
+        assert set(engine.adapters) == {"x", "y"}
+    await use(samplers, "z")
+    assert set(engine.adapters) == {"y", "z"}
+
+
+async def test_a_pin_of_another_process_is_nobodys_to_give_up(
+    database: Database, settings: Settings, samplers: FakeSamplers
+) -> None:
+    await samplers.add("a", slots=1)
+    other = FakeSamplers(database, settings)
+    other.engines = samplers.engines
+    await use(other, "x", "chat-2")
+    await other.close()
+    with pytest.raises(NoSampler, match="every adapter slot"):
+        await use(samplers, "y")
+
+
+async def test_an_answer_that_takes_longer_than_a_pin_keeps_its_adapter(
+    database: Database, samplers: FakeSamplers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.samplers.service.PIN_S", 0.3)
+    await samplers.add("a", slots=1)
+    async with samplers.acquire("tiny", adapter("x"), CHAT):
+        await asyncio.sleep(0.8)
+        async with database.read() as session:
+            assert await repository.pinned(session, "sampler-a", "x")
+    await asyncio.sleep(0.5)
+    async with database.read() as session:
+        assert not await repository.pinned(session, "sampler-a", "x")
 
 
 async def test_slots_that_a_run_reserved_are_left_to_it(database: Database, samplers: FakeSamplers, seed: Seed) -> None:
     engine = await samplers.add("a", slots=3)
     job_id = await seed.job(status="running", attempt=1, reserved_slots=2)
-    await use(samplers, "x")
-    with pytest.raises(NoSampler):
-        await use(samplers, "y")
+    async with samplers.acquire("tiny", adapter("x"), CHAT):
+        with pytest.raises(NoSampler):
+            await use(samplers, "y")
     async with database.begin() as session:  # the run fills both; nothing of it may be evicted for chat
         for version in ("v0", "v1"):
             await repository.add_adapter(session, "sampler-a", version, "/v")
