@@ -30,5 +30,5 @@ site="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 mkdir -p "$site/vllm-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "$site/vllm-$version.dist-info/METADATA"
 
-"$python" -c 'import sys; import vllm; print("vLLM", vllm.__version__, "on Python", sys.version.split()[0])' 2>/dev/null
+"$python" -c 'import sys; import vllm; print("vLLM", vllm.__version__, "on Python", sys.version.split()[0])'
 echo "$inputs" > "$venv/.installed"
