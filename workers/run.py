@@ -35,6 +35,7 @@ from workers.rollouts.recorder import Recorder
 from workers.rollouts.stream import Consumed, RowStream
 from workers.rollouts.trajectory import Setting
 from workers.sampler.policy import ServedPolicy
+from workers.sampler.proof.files import AdapterFiles
 from workers.setup import Inputs, JobFailure, dial_endpoints, read_inputs, write_canary
 from workers.trainer_link import TrainerLink
 from workers.training import Parts, Standing, Training
@@ -217,7 +218,14 @@ class Run:
         if ready.step != self.standing.version:
             at = self.standing.version
             raise JobFailure("resume_mismatch", f"the trainer stands at version {ready.step}, the job at {at}")
-        publisher = Publisher(self.policy, inputs.canary, dtypes)
+        plan = inputs.plan
+        publisher = Publisher(
+            self.policy,
+            inputs.canary,
+            dtypes,
+            files=AdapterFiles(inputs.model.path, plan.lora_rank, plan.lora_alpha, plan.lora_targets),
+            memory=self.settings.jobs_dir / self.job.id / "canary-v0.json",
+        )
         with Clock(self.seconds).phase("publication"):
             self.recorder.activity(f"publishing version {ready.adapter.version}")
             await publisher.publish(ready.adapter)

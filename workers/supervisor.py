@@ -22,6 +22,7 @@ from app.jobs.leases import Claim, LeaseLost
 from app.samplers.errors import SamplerError
 from workers import leash
 from workers.heartbeat import Heartbeat
+from workers.publication import PublicationUnproved
 from workers.registry import Registry
 from workers.run import Run
 from workers.setup import JobFailure
@@ -102,6 +103,11 @@ async def _conclude(settings: Settings, database: Database, claim: Claim, work: 
         return 0
     if isinstance(error, LeaseLost):
         raise error
+    if isinstance(error, PublicationUnproved):
+        log.error("%s paused: %s", claim.job.id, error)
+        async with database.begin() as session:
+            await leases.pause(session, claim.fence, reason=error.message, data=dict(error.detail or {}))
+        return 0
     registry = Registry(database, claim.fence)
     if isinstance(error, JobFailure):
         log.error("%s failed: %s", claim.job.id, error)

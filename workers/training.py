@@ -24,7 +24,7 @@ from workers.evaluation import Evaluations
 from workers.messages import Progress, Step, StepDone
 from workers.monitor import Callout, Monitor, no_signal, top_error
 from workers.pipeline import Pipeline
-from workers.publication import Publisher
+from workers.publication import Publication, Publisher
 from workers.registry import Registry, StepRecord
 from workers.rollouts import metrics
 from workers.rollouts.batch import Selected, Verdict, select
@@ -101,6 +101,7 @@ class Training:
             parts.recorder.live["diagnosis"] = self._times.diagnosis().as_dict()
         self._history = history
         self._doing = ""
+        self._unresolved = False  # the latest version could not be told from the one before it
         self._began = time.monotonic()  # this step
 
     async def run(self) -> None:
@@ -172,11 +173,11 @@ class Training:
         version = self._at.version
         self._doing = f"publishing version {version}"
         with clock.phase("publication"):
-            proof = await self._p.publisher.publish(done.adapter)
-        self._p.recorder.live["publication"] = proof.as_dict()
+            publication = await self._p.publisher.publish(done.adapter)
+        await self._announce(publication)
         return {
             "policy": {**done.metrics, "version": version, "staleness_mean": staleness, "staleness_max": staleness},
-            "publication": proof.as_dict(),
+            "publication": publication.as_dict(),
             "update_seconds": dict(done.seconds),
         }
 
@@ -252,6 +253,17 @@ class Training:
     async def _call_out(self, callout: Callout, step: int) -> None:
         message = f"{callout.message}. {callout.suggestion}"
         await self._p.recorder.event(message, level="warn", data={"rule": callout.rule, "step": step, **callout.data})
+
+    async def _announce(self, publication: Publication) -> None:
+        """What was not proved, once, and again when it was in between; samplers that do not serve the version."""
+        recorder = self._p.recorder
+        recorder.live["publication"] = facts = publication.as_dict()
+        if publication.unresolved and not self._unresolved:
+            await recorder.event(f"Not resolvable: {publication.unresolved}", level="warn", data=facts)
+        self._unresolved = publication.unresolved is not None
+        for sampler, reason in publication.refused.items():
+            message = f"Sampler {sampler} does not serve version {publication.version}: {reason}"
+            await recorder.event(message, level="warn", data={"sampler": sampler, "version": publication.version})
 
     async def _watch(self) -> None:
         """Say when a step takes several times as long as the others did."""

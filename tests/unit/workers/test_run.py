@@ -19,23 +19,26 @@ from app.core.settings import Settings
 from app.core.states import RolloutState
 from app.db.engine import Database
 from app.db.tables import Checkpoint, Event, Job, Rollout
-from app.jobs import leases
+from app.jobs import leases, service
 from app.jobs.leases import LeaseLost
 from app.rendering.tokens import TextTokenizer
 from app.samplers.client import Completion, CompletionRequest
 from tests.db.rows import Seed, dataset
 from tests.tiny import make_weightless_llama
+from tests.unit.workers.adapter_files import RANK, TARGETS, write_adapter
 from tests.unit.workers.fake_engine import FakeEngine, FakeSamplers
-from tests.unit.workers.test_setup_of_run import PLAN
+from tests.unit.workers.test_setup_of_run import PLAN as ANY_PLAN
 from workers import supervisor
 from workers.batch import TrainingRow, read_batch
 from workers.messages import Published, Ready, Start, Step, StepDone
+from workers.publication import PublicationUnproved
 from workers.rollouts import recorder as recording
 from workers.run import Run
 from workers.sampler.policy import ServedPolicy
 from workers.setup import JobFailure
 from workers.trainer_link import TrainerDied
 
+PLAN = replace(ANY_PLAN, lora_rank=RANK, lora_alpha=2 * RANK, lora_targets=TARGETS)
 TOTAL = PLAN.total_steps
 
 
@@ -69,12 +72,10 @@ class FakeTrainer:
     def _publish(self, version: int) -> Published:
         name = f"{self.begun.adapter_prefix}-v{version}"
         path = Path(self.begun.adapters_dir) / name
-        path.mkdir(parents=True)
-        for file in store.ADAPTER_FILES:
-            (path / file).write_text(name)
+        sha256 = write_adapter(path, fill=0.1 + version)
         canary = json.loads(Path(self.begun.canary).read_text())
         (path / "canary.json").write_text(json.dumps([[-1.0] * (len(ids) - 1) for ids in canary]))
-        return Published(version, name, str(path), "x", str(path / "canary.json"))
+        return Published(version, name, str(path), sha256, str(path / "canary.json"))
 
     async def stop(self) -> None:
         self.stopped = True
@@ -289,15 +290,23 @@ async def test_constant_rewards_end_the_job_with_a_reason_before_it_costs_much(s
     assert set(states(await stage.all_of(Rollout))) == {"evaluated", "no_signal"}
 
 
-async def test_a_sampler_that_serves_something_else_is_found_before_the_first_rollout(stage: Stage) -> None:
+async def test_a_sampler_that_serves_something_else_pauses_the_job_before_the_first_rollout(stage: Stage) -> None:
     async def score(model: str, ids: Any) -> list[float]:
         return [-1.5] * (len(ids) - 1)
 
+    honest = stage.engine.score
     stage.engine.score = score  # type: ignore[method-assign]
     error = await stage.end_of(await stage.attempt(FakeTrainer()))
-    assert isinstance(error, JobFailure)
-    assert error.code == "policy_mismatch"
+    assert isinstance(error, PublicationUnproved)
     assert await stage.all_of(Rollout) == []
+    (job,) = await stage.all_of(Job)
+    (said,) = [event for event in await stage.all_of(Event) if "paused" in event.message]
+    assert (job.status, said.level) == ("paused", "error")
+    assert said.data["mean_abs"] == pytest.approx(0.5)
+    stage.engine.score = honest  # type: ignore[method-assign]
+    async with stage.database.begin() as session:
+        await service.resume(session, job.project_id, job.id)
+    assert await stage.end_of(await stage.attempt(FakeTrainer())) is None
 
 
 async def test_a_lease_that_is_lost_in_the_middle_ends_the_run_and_writes_nothing_more(stage: Stage) -> None:
