@@ -60,13 +60,22 @@ class Publication:
         """What could not be proved and why, as one sentence; None when every gate had something to say."""
         return next((proof.unresolved for proof in self.proofs if proof.unresolved), None)
 
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """The worst sampler's, by gate: what to compare when an event is wanted only on a change."""
+        gates = self._worst.as_dict()
+        return {gate: gates[gate]["verdict"] for gate in "abc"}
+
+    @property
+    def _worst(self) -> Proof:
+        return max(self.proofs, key=lambda proof: proof.gate_a.mean_abs)
+
     def as_dict(self) -> dict[str, Any]:
         """For the metrics event: `gates` are those of the sampler that is farthest from the trainer."""
-        worst = max(self.proofs, key=lambda proof: proof.gate_a.mean_abs)
         return {
             "version": self.version,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
-            "gates": worst.as_dict(),
+            "gates": self._worst.as_dict(),
             "samplers": len(self.proofs),
             "refused": dict(self.refused),
             "copies": self.copies,

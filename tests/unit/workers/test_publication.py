@@ -86,8 +86,8 @@ async def stage(settings: Settings, database: Database, monkeypatch: pytest.Monk
 
 
 def verdicts(found: Publication) -> tuple[str, ...]:
-    gates = found.as_dict()["gates"]
-    return tuple(gates[gate]["verdict"] for gate in "abc")
+    assert {gate: found.as_dict()["gates"][gate]["verdict"] for gate in "abc"} == found.verdicts
+    return tuple(found.verdicts.values())
 
 
 async def test_two_versions_are_proved_by_all_three_gates(stage: Stage) -> None:

@@ -335,16 +335,24 @@ async def test_scores_come_per_sequence(samplers: FakeSamplers, policy: ServedPo
 # --- several samplers -----------------------------------------------------------------------------------------------
 
 
-async def test_a_rollout_stays_at_the_sampler_that_has_its_prefix(
+async def test_a_rollout_stays_at_the_sampler_that_has_its_prefix_though_another_is_idle(
     samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
 ) -> None:
-    engines = [await samplers.add(name) for name in ("a", "b", "c")]
+    first, _ = await samplers.add("a"), await samplers.add("b")
     await policy.publish(0, version(0, tmp_path))
-    for turn in range(4):
-        for rollout in ("x-1", "y-2", "z-3"):
-            await policy.turn(asks(request_id=f"{rollout}-{turn}"))
-    homes = [{request.request_id.rpartition("-")[0] for request in engine.requests} for engine in engines]
-    assert sorted(map(len, homes)) == [1, 1, 1]
+    assert (await policy.turn(asks(request_id="r-x-0"))).sampler == "sampler-a"
+    release = asyncio.Event()
+
+    async def hang(request: CompletionRequest) -> None:
+        if request.request_id == "r-x-1":
+            await release.wait()
+
+    first.before = hang
+    others = [asyncio.create_task(policy.turn(asks(request_id=f"r-x-{turn}"))) for turn in (1, 2)]
+    await others[1]
+    assert others[1].result().sampler == "sampler-a"
+    release.set()
+    assert (await others[0]).sampler == "sampler-a"
 
 
 async def test_a_new_rollout_goes_where_the_fewest_turns_are(
