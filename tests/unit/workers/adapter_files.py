@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from workers.messages import LoraSpec
 from workers.sampler.proof.files import AdapterFiles
 
 Tensors = dict[str, NDArray[Any]]
 LAYERS, WIDTH, RANK = 2, 6, 2
 TARGETS = ("q_proj", "o_proj")
+SPEC = LoraSpec(RANK, 4, TARGETS)
 
 
 def write_base(directory: Path) -> Path:
@@ -35,22 +37,26 @@ def expected(model: Path) -> AdapterFiles:
     return AdapterFiles(model=model, rank=RANK, alpha=4, targets=TARGETS)
 
 
-def tensors(fill: float = 0.1) -> Tensors:
+def tensors(spec: LoraSpec = SPEC, fill: float = 0.1) -> Tensors:
     found: Tensors = {}
     for layer in range(LAYERS):
-        for target in TARGETS:
+        for target in spec.targets:
             key = f"base_model.model.model.layers.{layer}.attn.{target}.lora"
-            found[f"{key}_A.weight"] = np.full((RANK, WIDTH), fill, np.float32)
-            found[f"{key}_B.weight"] = np.full((WIDTH, RANK), fill, np.float32)
+            found[f"{key}_A.weight"] = np.full((spec.rank, WIDTH), fill, np.float32)
+            found[f"{key}_B.weight"] = np.full((WIDTH, spec.rank), fill, np.float32)
     return found
 
 
 def write_adapter(
-    directory: Path, edit: Callable[[dict[str, Any], Tensors], None] | None = None, *, fill: float = 0.1
+    directory: Path,
+    edit: Callable[[dict[str, Any], Tensors], None] | None = None,
+    *,
+    spec: LoraSpec = SPEC,
+    fill: float = 0.1,
 ) -> str:
     """Write the directory; returns the sha256 of its tensors, as the trainer would tell it."""
-    config: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "bias": "none"}
-    content = tensors(fill)
+    config: dict[str, Any] = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.alpha, "bias": "none"}
+    content = tensors(spec, fill)
     if edit is not None:
         edit(config, content)
     directory.mkdir(parents=True)
