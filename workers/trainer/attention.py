@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from workers.trainer.packing import BatchedCall, TailCall, TreePlan
 
 NAME = "hone_tree"
+TAIL_BLOCK = 1024  # queries of a lone row attended at once behind a longer prefix
 
 
 def tree_attention(
@@ -49,13 +51,36 @@ def register() -> None:
 
 
 def _tail(q: Tensor, k: Tensor, v: Tensor, call: TailCall, scaling: float) -> Tensor:
+    """No mask of queries × keys may live until the backward pass: at 8,000 tokens it is 80 MB a layer and row."""
+    own = slice(call.start, call.stop)
     if call.path is None:
-        k, v = k[call.start : call.stop], v[call.start : call.stop]
-    else:
-        k, v = k.index_select(0, call.path), v.index_select(0, call.path)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q[call.start : call.stop], k, v))
+        return _attend(q[own], k[own], v[own], scaling)
+    k, v = k.index_select(0, call.path), v.index_select(0, call.path)
+    tail = call.stop - call.start
+    shared = len(call.path) - tail
+    if shared <= tail:  # the causal kernel over the whole path costs less than a mask; what the prefix asks is dropped
+        return _attend(q.index_select(0, call.path), k, v, scaling)[shared:]
+    parts = []
+    for start in range(0, tail, TAIL_BLOCK):
+        stop = min(tail, start + TAIL_BLOCK)
+        queries, keys, values = q[own][start:stop], k[: shared + stop], v[: shared + stop]
+        parts.append(
+            checkpoint(_attend_end, queries, keys, values, scaling, use_reentrant=False, preserve_rng_state=False)
+        )
+    return torch.cat(parts)
+
+
+def _attend_end(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """The queries are the last of the keys."""
+    mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    return _attend(q, k, v, scaling, mask)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """[tokens, heads, D] each; causal without a mask."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=call.mask, is_causal=call.mask is None, scale=scaling, enable_gqa=True
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
     )
     return out[0].transpose(0, 1)
 

@@ -4,7 +4,7 @@ Does not cover: where batches come from and what follows a step (`workers.traine
 with the rows), rewards and generation (TRL's own are never used).
 
 Private names of TRL 1.16.0 this relies on: `_prepare_inputs`, `_compute_loss`, `_get_per_token_logps_and_entropies`,
-`_send_telemetry`, `_metrics`, `beta`, and the keys of the batch dictionary. Contract tests in tests/unit/trainer hold them.
+`_send_telemetry`, `_metrics`, `beta`, and the keys of the batch dictionary. Tests in tests/unit/trainer hold them.
 """
 
 from __future__ import annotations

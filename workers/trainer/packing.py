@@ -34,12 +34,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TailCall:
-    """One row attended alone: queries are the slots [start, stop), keys the slots of `path` (the tail is its end)."""
+    """One row attended alone: queries are the slots [start, stop), keys the slots of `path`; it ends with them."""
 
     start: int
     stop: int
     path: Tensor | None  # int64 [keys]; None: the path is exactly the slots [start, stop)
-    mask: Tensor | None  # bool [queries, keys], True = may attend; None: plain causal
 
 
 @dataclass(frozen=True)
@@ -235,12 +234,9 @@ def _call(group: _Group, slots: Ints, device: torch.device) -> TailCall | Batche
 
 def _tail_call(row: _Row, slots: Ints, device: torch.device) -> TailCall:
     path = slots[row.nodes[:-1]]
-    keys, queries = row.length - 1, row.tail
     start = int(path[row.shared])
-    if row.shared == 0:
-        return TailCall(start, start + queries, None, None)
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return TailCall(start, start + queries, torch.as_tensor(path, device=device), mask)
+    own = None if row.shared == 0 else torch.as_tensor(path, device=device)
+    return TailCall(start, start + row.tail, own)
 
 
 def _batched_call(rows: Sequence[_Row], common: int, slots: Ints, device: torch.device) -> BatchedCall:

@@ -204,7 +204,10 @@ def test_long_tails_and_deep_paths_take_calls_of_their_own(
     monkeypatch.setattr("workers.trainer.packing.MAX_BATCHED_TAIL", 12)
     monkeypatch.setattr("workers.trainer.packing.MAX_BATCHED_CELLS", 2_000)
     monkeypatch.setattr("workers.trainer.packing.MAX_ALONE_CELLS", 100)
+    monkeypatch.setattr("workers.trainer.attention.TAIL_BLOCK", 5)
     rows = make_rows(5)
+    behind = [replace(row, ids=[*row.ids[:9], *row.ids[:8:-1]]) for row in rows]  # tails longer than what is shared
+    rows += [replace(row, mask=[0, *[1] * (len(row.ids) - 1)], log_probs=[-3.0] * len(row.ids)) for row in behind[::5]]
     gradients, _ = update(load(llama), rows, tmp_path)
     assert difference(gradients, reference(llama, rows)[0]) < 1e-5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,10 +107,10 @@ def test_resume_is_bit_exact(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_resume_with_masks_and_kl_is_bit_exact(llama: Path, tmp_path: Path) -> None:
-    extras = {"beta": 0.1, "importance_range": (0.1, 9.0), "max_sequence_tv": 4.0}
-    straight = run(make_start(tmp_path, llama, **extras), tmp_path, range(1, 4)).of(StepDone)  # type: ignore[arg-type]
+    extras: dict[str, Any] = {"beta": 0.1, "importance_range": (0.1, 9.0), "max_sequence_tv": 4.0}
+    straight = run(make_start(tmp_path, llama, **extras), tmp_path, range(1, 4)).of(StepDone)
     assert straight[0].metrics["masked_token_share"] > 0
-    start = make_start(tmp_path, llama, attempt=2, snapshot=straight[0].snapshot, **extras)  # type: ignore[arg-type]
+    start = make_start(tmp_path, llama, attempt=2, snapshot=straight[0].snapshot, **extras)
     resumed = run(start, tmp_path, range(2, 4)).of(StepDone)
     assert [done.adapter.sha256 for done in resumed] == [done.adapter.sha256 for done in straight[1:]]
     assert resumed[-1].snapshot_sha256 == straight[-1].snapshot_sha256
