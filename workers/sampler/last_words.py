@@ -43,6 +43,8 @@ def last_words(log: Path, since: int = 0) -> str:
         return f"no log ({error.strerror}: {log})"
     lines = [_PREFIX.sub("", line, count=1).strip() for line in re.split(r"[\r\n]+", text)]
     said = [line for line in lines if line and _ECHO.search(line) is None]
-    faults = [line for line in said if _FAULT.match(line)]
-    words = (faults or said or ["it wrote nothing"])[-1]
+    faults = [at for at, line in enumerate(said) if _FAULT.match(line)]
+    words = said[faults[-1]] if faults else (said or ["it wrote nothing"])[-1]
+    if "validation error" in words:  # pydantic says what is wrong in the lines below
+        words = " ".join(said[faults[-1] : faults[-1] + 3])
     return f"{words[:LIMIT]} (log: {log})"

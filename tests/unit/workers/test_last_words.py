@@ -27,6 +27,10 @@ encountered an issue. See stack trace (above) for the root cause.
 (APIServer pid=7) INFO:     Application shutdown complete.
 """
 ARGUMENT = "usage: api_server.py [-h]\napi_server.py: error: unrecognized arguments: --nonsense\n"
+CONFIG = """(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+(APIServer pid=7)   Value error, User-specified max_model_len (99999) is greater than the derived max_model_len [type=x]
+(APIServer pid=7)     For further information visit https://errors.pydantic.dev
+"""
 BUILT_IN = "2026-11-20 10:00:00,000 workers.sampler.builtin.server /m cannot be served: no rope type 'x'\n"
 
 
@@ -37,6 +41,7 @@ BUILT_IN = "2026-11-20 10:00:00,000 workers.sampler.builtin.server /m cannot be 
         (MEMORY, "ValueError: Free memory on device cuda:0"),
         (SHAPE, "RuntimeError: head_dim=16 is not supported"),
         (ARGUMENT, "api_server.py: error: unrecognized arguments: --nonsense"),
+        (CONFIG, "max_model_len (99999) is greater than the derived"),
         (BUILT_IN, "cannot be served: no rope type 'x'"),
         ("loading\nno such device\n", "no such device"),
         ("", "it wrote nothing"),
