@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))  # run as a script
 GROUP, TURNS, PROMPT, SAID, READ = 8, 5, 1500, 40, 60  # 1500 + 5 x (40 + 60) = 2000 tokens
 CONNECTIONS = 512  # `app.net.clients.USER_CONNECTIONS`
 SLEEP = (0.5, 1.5)
-WARM_UP_S = 5.0
+WARM_UP_S = 10.0
 ANSWER = "The order of the customer was sent on Monday and will arrive within three days. " * 3
 ARGUMENTS = json.dumps({"order": 12345, "fields": ["status", "carrier"]})
 ITEM = {
@@ -198,6 +198,12 @@ class Sampler:
         log_probs = tuple(random.random() for _ in range(SAID))
         return Completion("job-a1-v0", tuple(_tokens(SAID)), log_probs, "", "stop", None, len(request.prompt_ids), None)
 
+    async def loads(self) -> Any:
+        """Neither empty nor full: the limit stays where it is."""
+        from app.samplers.metrics import SamplerLoad
+
+        return [SamplerLoad(running=1, waiting=0, kv_usage=0.7, preemptions=0, generation_tokens=0)]
+
 
 def _tokens(count: int) -> list[int]:
     """Fresh integers, as JSON from a sampler would give."""
@@ -264,12 +270,13 @@ def pool(
         endpoints={"lookup": ToolEndpoint("lookup", url, {})}, grader=CoinGrader(), limits=limits, executor=executor,
         gate=congestion, on_tool=count,
     )  # fmt: skip
-    return Pool(setting, made, congestion, group_size=GROUP)
+    return Pool(setting, made, congestion, group_size=GROUP), congestion
 
 
 async def ours(url: str, args: argparse.Namespace, counter: Counter, *, hold: bool) -> dict[str, Any]:
     """Steps one after the other, the next always begun, so that the admission is what bounds."""
     from app.net.clients import EgressPolicy, guarded_client
+    from workers.rollouts.collector import spare_live_objects
     from workers.rollouts.stream import RowStream
     from workers.rollouts.types import Row
 
@@ -281,7 +288,8 @@ async def ours(url: str, args: argparse.Namespace, counter: Counter, *, hold: bo
             recorder(Path(directory)) as made,
             guarded_client(EgressPolicy.parse("127.0.0.0/8:*"), timeout_s=120.0, max_connections=CONNECTIONS) as http,
         ):
-            it = pool(url, args, sampler, made, http, executor, counter)
+            spare_live_objects()
+            it, congestion = pool(url, args, sampler, made, http, executor, counter)
 
             async def steps(first: int) -> None:
                 step = first
@@ -291,9 +299,10 @@ async def ours(url: str, args: argparse.Namespace, counter: Counter, *, hold: bo
 
             tasks = [asyncio.create_task(steps(first)) for first in ((1,) if hold else (1, 2))]
             tasks += [asyncio.create_task(made.run()), asyncio.create_task(counter.watch_loop())]
+            tasks.append(asyncio.create_task(congestion.poll(sampler.loads)))
             try:
                 if not hold:
-                    return await counter.figures(args.seconds)
+                    return await counter.figures(args.seconds) | {"calls_at_once": congestion.describe()["tools"]}
                 while sampler.held < batch * GROUP:
                     await asyncio.sleep(0.2)
                     for task in tasks:

@@ -16,7 +16,7 @@ from app.core.states import RolloutState
 from app.db.engine import now
 from app.db.tables import Rollout
 
-CHUNK = 500  # rows a statement: its values are prepared on the event loop (4,000 at once: 70 ms without a pause)
+CHUNK = 1000  # rows a statement: its values are prepared on the event loop (4,000 at once: 70 ms without a pause)
 
 
 async def start(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:

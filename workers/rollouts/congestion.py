@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -36,6 +37,8 @@ QUEUE_SHARE = 0.25  # waiting / running (or calls in a tool's line / trajectorie
 QUIET_SHARE = 1 / 16  # up to this the queue counts as empty
 QUEUE_STAYS = 3  # observations
 POLL_S = 1.0
+TICK_S = 0.05
+LATE_S = 0.03  # of the event loop, in the median of a second
 POLL_TIMEOUT_S = 5.0
 
 
@@ -210,6 +213,12 @@ class Congestion:
             self._grow("the sampler does not tell its load")
         self._bound = False
 
+    def observe_loop(self, late_s: float) -> None:
+        """Fewer calls at once of tools whose calls wait for nothing but our own event loop."""
+        if late_s > LATE_S:
+            for gate in self._tools.values():
+                gate.relieve(late_s)
+
     def _grow(self, why: str) -> None:
         self._set(min(self.ceiling, 2 * self.limit if self._probing else self.limit + self.floor), why)
         self._admit()
@@ -242,7 +251,7 @@ class Congestion:
                 self.observe_sampler(together(found))
             else:
                 self.observe_nothing()
-            await asyncio.sleep(POLL_S)
+            self.observe_loop(await _lateness())
 
     def describe(self) -> dict[str, Any]:
         """For the job's `hone` object: limits in force and what set them."""
@@ -268,3 +277,13 @@ class Congestion:
                 if gate.why is not None
             },
         }
+
+
+async def _lateness() -> float:
+    """How late the event loop comes to a timer: the median over a second, in seconds."""
+    loop = asyncio.get_running_loop()
+    late, until = [], loop.time() + POLL_S
+    while (due := loop.time() + TICK_S) < until + TICK_S:
+        await asyncio.sleep(TICK_S)
+        late.append(loop.time() - due)
+    return statistics.median(late)

@@ -28,6 +28,11 @@ GROWN = 3.0
 IN_A_ROW = 2
 MORE_LOAD = 1.5
 SLOW_CUT = 0.8
+# A call takes about six passes of the event loop. If it takes hardly more, the loop is what it waits for: with more
+# calls at once each pass is longer, no call is faster, and heartbeat and timeouts are late.
+PASSES = 10
+LOOP_CUT = 0.7
+LEAST = 32
 
 
 class ToolBusy(Exception):
@@ -108,6 +113,7 @@ class ToolGate:
         self._closed_until = float("-inf")
         self._reopening: asyncio.TimerHandle | None = None
         self._latency = _Latency()
+        self._seconds = 0.0  # a call takes, lately
 
     @property
     def limit(self) -> int:
@@ -143,12 +149,18 @@ class ToolGate:
             if fresh and self.in_flight <= self.limit:
                 self._cut(0.5 * min(self._room, self.in_flight), f"answered {attempt.status}")
         elif attempt.status is not None and fresh:
+            self._seconds += (attempt.seconds - self._seconds) / 16
             base = self._latency.add(attempt.seconds, self.in_flight)
             if base is not None:
                 target = max(base.load, SLOW_CUT * min(self._room, self.in_flight))
                 self._cut(target, f"answers take over {GROWN:g} times as long as with {base.load:.0f} calls in flight")
             elif self._line or self.in_flight >= self.limit:
                 self._grow()
+
+    def relieve(self, late_s: float) -> None:
+        """The event loop is late: fewer calls at once, if it is what they wait for."""
+        if LEAST < self.in_flight <= self.limit and self._seconds < PASSES * late_s:
+            self._cut(max(LEAST, LOOP_CUT * self.in_flight), f"the event loop is {1000 * late_s:.0f} ms late")
 
     def _grow(self) -> None:
         rate = SLOWLY if self._room >= NEAR * self._too_much else 1.0
