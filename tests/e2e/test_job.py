@@ -17,10 +17,11 @@ from tests.e2e.teach import LOOKUP, question
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="module", params=["tiny-llama", "tiny-qwen3"])
+@pytest.fixture(scope="module", params=[("tiny-llama", 1), ("tiny-qwen3", 0)], ids=str)
 def job(request: pytest.FixtureRequest, service: Service) -> Any:
-    """A finished job of each architecture and tool format."""
-    created = service.create_job(request.param, steps=3)
+    """A finished job of each architecture and tool format; one overlapped, one strictly on-policy."""
+    model, staleness = request.param
+    created = service.create_job(model, steps=3, hone={"max_staleness": staleness})
     assert created.status == "validating_files"
     return service.wait(created.id)
 
@@ -69,9 +70,22 @@ def test_a_trace_holds_what_the_engine_saw(job: Any, service: Service) -> None:
 
 def test_sampler_and_trainer_agree_in_fp32(job: Any, service: Service) -> None:
     policies = [e.data["policy"] for e in service.events(job.id) if e.type == "metrics" and "policy" in e.data]
-    assert policies
-    assert max(p["mismatch_kl"] for p in policies) <= 1e-6
-    assert max(p["mismatch_max"] for p in policies) <= 1e-4
+    staleness = job.hone["plan"]["max_staleness"]
+    assert {p["staleness_max"] for p in policies} <= set(range(staleness + 1))
+    on_policy = [p for p in policies if p["staleness_max"] == 0]
+    assert on_policy
+    assert max(p["mismatch_kl"] for p in on_policy) <= 1e-6
+    assert max(p["mismatch_max"] for p in on_policy) <= 1e-4
+
+
+def test_every_version_was_proved_before_it_was_used(job: Any, service: Service) -> None:
+    shown = [e.data["publication"] for e in service.events(job.id) if e.type == "metrics" and "publication" in e.data]
+    assert {publication["version"] for publication in shown} == {1, 2, 3}
+    for publication in shown:
+        gates = publication["gates"]
+        assert gates["a"]["verdict"] == gates["b"]["verdict"] == "holds", publication
+        assert gates["a"]["mean_abs"] <= 1e-4
+        assert publication["seconds"]["total"] > 0
 
 
 def test_the_tuned_model_answers_as_itself_and_a_checkpoint_as_its_own(job: Any, service: Service) -> None:
