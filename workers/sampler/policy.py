@@ -154,6 +154,8 @@ class ServedPolicy:
             station.proved.discard(version)
         for rollout in [rollout for rollout, (_, at) in self._homes.items() if at == version]:
             self._leave_home(rollout)
+        self._known = {proof for proof in self._known if proof[2] != adapter.name}
+        self._refused = {key: error for key, error in self._refused.items() if key[1] != adapter.name}
         self._parting.add(version, adapter)
         await self._parting.see_off(self._asking)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -593,3 +594,24 @@ async def test_a_busy_station_is_not_starved_for_quiet(
         assert time.monotonic() - began < 0.04
     release.set()
     assert len(await asyncio.gather(*turns)) == 2 + station_module.QUIET_TURNS
+
+
+async def test_a_long_run_keeps_nothing_of_the_versions_that_left(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+
+    async def prove(station: Station, number: int, adapter: Adapter) -> None:
+        if number % 2:
+            raise Unproved("gate A", sampler=station.sampler.url)
+
+    policy.prover = prove
+    for number in range(20):
+        with suppress(Unproved):
+            await policy.publish(number, version(number, tmp_path))
+            await policy.turn(asks(number, request_id=f"r{number}-0"))
+        await policy.retire(number)
+    kept = (policy._adapters, policy._homes, policy._asking, policy._known, policy._refused, policy._parting._holders)
+    assert [len(each) for each in kept] == [0] * len(kept)
+    assert engine.adapters == {}
+    assert not list(tmp_path.glob(f"{HOLDER}-v*"))
