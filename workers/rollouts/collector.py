@@ -12,7 +12,7 @@ import gc
 
 # Objects allocated, then passes of the first and of the second generation before the next one is looked at. The
 # defaults are 700, 10, 10.
-THRESHOLDS = (50_000, 20, 100)
+THRESHOLDS = (10_000, 20, 100)
 
 
 def spare_live_objects() -> None:
