@@ -20,16 +20,19 @@ async def metric(http: HttpClient, target: Target, name: str) -> float:
 
 
 async def under_way(http: HttpClient, target: Target, body: dict[str, Any]) -> asyncio.Task[Any]:
-    """A request that the engine works on by now."""
-    task = asyncio.create_task(http.post(f"{target.url}/v1/completions", json=body))
-    await working(http, target)
-    return task
+    """A request that the engine works on by now; asked again if it was over before anybody looked."""
+    async with asyncio.timeout(60):
+        while True:
+            task = asyncio.create_task(http.post(f"{target.url}/v1/completions", json=body))
+            while not task.done():  # no pause: on a busy machine a timer may fire after the answer
+                if await metric(http, target, "num_requests_running") and not task.done():
+                    return task
 
 
 async def working(http: HttpClient, target: Target) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await metric(http, target, "num_requests_running"):
-            await asyncio.sleep(0.01)
+            pass
 
 
 async def idle(http: HttpClient, target: Target, within_s: float = 5.0) -> None:
