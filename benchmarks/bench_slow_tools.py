@@ -40,10 +40,10 @@ class Case:
     micro: int
 
 
-def case(name: str, batch: int, group: int) -> Case:
-    if name == "tiny":
-        return Case(taught_model.taught(), 0, "float32", batch * group)
-    return Case(taught_model.installed(), 2, "bfloat16", group)
+def case(options: argparse.Namespace) -> Case:
+    if options.model == "tiny":
+        return Case(taught_model.taught(), 0, options.dtype or "float32", options.batch * options.group)
+    return Case(taught_model.installed(), 2, options.dtype or "bfloat16", options.group)
 
 
 def ours(running: Service, chosen: Case, options: argparse.Namespace, tool_url: str, seed: int) -> ledger.Training:
@@ -62,6 +62,7 @@ def ours(running: Service, chosen: Case, options: argparse.Namespace, tool_url: 
             "max_tokens_per_episode": options.max_tokens,
             "learning_rate": options.learning_rate,
             "lora_rank": options.lora_rank,
+            "on_no_signal": "continue",  # as TRL does
             **json.loads(options.hone),
         },
         seed=seed,
@@ -98,6 +99,11 @@ def theirs(chosen: Case, options: argparse.Namespace, tool_url: str, seed: int, 
     return Result(**json.loads(answered.read_text()))
 
 
+def warm_up(options: argparse.Namespace) -> argparse.Namespace:
+    """One small step: the least that a training file may hold."""
+    return argparse.Namespace(**{**vars(options), "steps": 1, "batch": 10, "group": 2})
+
+
 def _rows(chosen: Case, options: argparse.Namespace) -> list[dict[str, object]]:
     return agent_task.rows(options.steps * options.batch, worked_examples=chosen.worked_examples)
 
@@ -114,7 +120,7 @@ def _tools(tool_url: str) -> str:
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> float:
-    chosen = case(options.model, options.batch, options.group)
+    chosen = case(options)
     report.say(
         f"model {chosen.model.id} in {chosen.dtype}; {options.steps} steps of {options.batch} rows × {options.group} "
         f"rollouts, at most {options.max_tokens} tokens; tools lognormal, mean {options.mean:g} s, "
@@ -126,7 +132,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> float:
         if options.only != "trl":
             with service(scratch, [chosen.model], tool_url, **settings) as running:
                 _reset(tool_url, 0, 0, 0)
-                ours(running, chosen, options, tool_url, 0)  # the sampler starts and warms up here
+                ours(running, chosen, warm_up(options), tool_url, 0)  # the sampler starts here and compiles its kernels
                 for seed in range(1, options.repeats + 1):
                     for mean_s, found in ((0.0, at_once), (options.mean, here)):
                         _reset(tool_url, seed, mean_s, options.p99)
@@ -181,6 +187,9 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=1.0, help="seconds of a tool call")
     parser.add_argument("--p99", type=float, default=10.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of both sides; tiny float32, smollm2 bfloat16"
+    )
     parser.add_argument("--hone", default="{}", help='more job options as JSON, such as {"max_staleness": 0}')
     parser.add_argument("--only", choices=("hone", "trl"), help="one side alone; no ratio")
     options = parser.parse_args()
