@@ -180,6 +180,9 @@ class Run:
             self.recorder.activity("reading files and dialling endpoints")
             inputs = await read_inputs(self.settings, self.job, self.executor)
             await dial_endpoints(inputs)
+            if self.claim.fence.attempt == 1:
+                for warning in inputs.model_warnings:
+                    await self.recorder.event(f"Chat format of {inputs.model.id}: {warning}", level="warn")
         return inputs
 
     async def _start_engines(self, inputs: Inputs) -> Publisher:

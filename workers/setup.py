@@ -67,13 +67,15 @@ class Inputs:
     grader_urls: Mapping[str, str]  # param path → URL, for the dial
     limits: Limits
     canary: list[list[int]]
+    model_warnings: Sequence[str] = ()  # of the check of its chat format at registration
 
 
 async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Inputs:
     """Read and check everything. Raises `JobFailure`."""
     plan = Plan.from_dict(job.plan or {})
+    catalogue = Catalogue(settings.models_dir)
     try:
-        model = Catalogue(settings.models_dir).get(job.model)
+        model = catalogue.get(job.model)
     except ModelError as error:
         raise JobFailure("model_not_found", str(error), "model") from error
     vault = load_vault(settings.secret_key.get_secret_value() if settings.secret_key else None, settings.root)
@@ -119,6 +121,7 @@ async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Input
             renderer.prompt(list(row.messages), list(row.tools) or None)[-CANARY_TOKENS:]
             for row in train[:CANARY_SEQUENCES]
         ],
+        model_warnings=catalogue.check(model.id).get("warnings", ()),
     )
 
 

@@ -24,6 +24,7 @@ from workers import leash
 from workers.heartbeat import Heartbeat
 from workers.publication import PublicationUnproved
 from workers.registry import Registry
+from workers.rollouts.collector import spare_live_objects
 from workers.run import Run
 from workers.setup import JobFailure
 from workers.trainer_link import TrainerDied
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--leash-fd", type=int, default=None)
     options = parser.parse_args()
     hone_logging.configure()
+    spare_live_objects()
     return asyncio.run(supervise(Settings(), options.job, options.leash_fd))
 
 
