@@ -78,6 +78,7 @@ class Runner(Daemon):
             [sys.executable, "-m", "workers.supervisor", job_id],
             log=self.settings.logs_dir / f"{job_id}.supervisor.log",
             environment=self.settings.environment(),
+            trusted=True,
         )
 
     async def shut_down(self) -> None:

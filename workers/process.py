@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SECRETS = frozenset(
+    f"HONE_{name}{suffix}" for name in ("SECRET_KEY", "DATABASE_URL", "REDIS_URL") for suffix in ("", "_FILE")
+)
 FD = "{leash}"  # stands for the leash's descriptor in a command line
 
 
@@ -65,8 +68,12 @@ def spawn(
     environment: Mapping[str, str],
     leash: Sequence[str] = ("--leash-fd", FD),
     pass_fds: Sequence[int] = (),
+    trusted: bool = False,
 ) -> Child:
-    """Start `command` + `leash` in its own session, output appended to `log`; `FD` is the leash's read end."""
+    """Start `command` + `leash` in its own session, output appended to `log`; `FD` is the leash's read end.
+
+    Only a `trusted` process gets our secrets: neither trainer nor sampler has a use for the database or its key.
+    """
     read_end, write_end = os.pipe()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -75,12 +82,17 @@ def spawn(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env=_environment(environment, trusted),
             pass_fds=(read_end, *pass_fds),
             start_new_session=True,
         )
     os.close(read_end)
     return Child(process, write_end)
+
+
+def _environment(added: Mapping[str, str], trusted: bool) -> dict[str, str]:
+    found = {**os.environ, **added}
+    return found if trusted else {name: value for name, value in found.items() if name not in SECRETS}
 
 
 def spawn_on_leash(command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> Child:

@@ -21,9 +21,12 @@ from app.db.engine import Database
 from app.files.storage import Storage
 from app.jobs.leases import Claim
 from app.samplers.service import Samplers
+from workers import devices
 from workers.clock import Clock
+from workers.devices import NotEnoughGpus, TrainerShare
 from workers.evaluation import Evaluations
 from workers.heartbeat import Heartbeat
+from workers.launch import BadLaunch, Launch, read_launch
 from workers.messages import LoraSpec, Start
 from workers.pipeline import Pipeline
 from workers.publication import Publisher
@@ -34,6 +37,7 @@ from workers.rollouts.pool import Pool, TooManyFailures
 from workers.rollouts.recorder import Recorder
 from workers.rollouts.stream import Consumed, RowStream
 from workers.rollouts.trajectory import Setting
+from workers.sampler import engines
 from workers.sampler.policy import ServedPolicy
 from workers.sampler.proof.files import AdapterFiles
 from workers.setup import Inputs, JobFailure, dial_endpoints, read_inputs, write_canary
@@ -63,7 +67,7 @@ class Run:
         self.policy = ServedPolicy(self.samplers, database, job.model, self.prefix)
         self.trainer = TrainerLink(
             log=settings.logs_dir / f"{job.id}.trainer.log",
-            environment=settings.environment(),
+            environment={},
             silence_s=settings.trainer_silence_s,
         )
         self.seconds: dict[str, float] = {str(name): float(value) for name, value in (job.seconds or {}).items()}
@@ -194,6 +198,8 @@ class Run:
             wanted = self.settings.trainer_dtype
             dtypes = (served, served if wanted == "auto" else wanted)
             await self.policy.clear_leftovers(self.job.id, self.adapters_dir)
+            share, launch = await asyncio.to_thread(_devices, self.settings)
+            self.trainer.use(share.environment())
             self.recorder.activity("starting the trainer")
             self.trainer.on_progress = lambda progress: self.recorder.activity(f"the trainer: {progress.phase}")
             ready = await self.trainer.start(
@@ -216,6 +222,9 @@ class Run:
                     beta=inputs.plan.kl_beta,
                     importance_range=inputs.plan.importance_range,
                     max_sequence_tv=inputs.plan.max_sequence_tv,
+                    processes=launch.processes,
+                    shard_base=launch.shard_base,
+                    gpu_memory_share=share.memory if share.gpus else None,
                 )
             )
         if ready.step != self.standing.version:
@@ -244,6 +253,16 @@ class Run:
         await self.recorder.finish()
         await asyncio.to_thread(self.heartbeat.stop)  # or it would find the lease gone and call that a loss
         await self.registry.succeeded(self.final_name, result_file, stored)
+
+
+def _devices(settings: Settings) -> tuple[TrainerShare, Launch]:
+    """What the trainer may take of this host's GPUs, and over how many processes. Blocking. Raises `JobFailure`."""
+    try:
+        share = engines.trainer_share(settings, devices.gpus())
+        launch = read_launch(settings.trainer_launch) if settings.trainer_launch else Launch(max(1, len(share.gpus)))
+    except (engines.NoEngine, NotEnoughGpus, BadLaunch) as error:
+        raise JobFailure("no_room_to_train", str(error)) from error
+    return share, launch
 
 
 def _remove(paths: Sequence[Path]) -> None:

@@ -50,6 +50,10 @@ class TrainerLink:
         self._transport: asyncio.BaseTransport | None = None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
+    def use(self, environment: Mapping[str, str]) -> None:
+        """Add to the environment of the process, before it is started: which devices it may see."""
+        self._environment = {**self._environment, **environment}
+
     @property
     def pid(self) -> int | None:
         """Leader of the trainer's process group."""

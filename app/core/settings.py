@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     vllm_cpu_kv_gib: int = Field(2, ge=1, description="GiB for keys and values of a vLLM that runs on the CPU.")
     vllm_args: str = Field("", description="More arguments for vLLM, as in a shell; they win over ours.")
     trainer_dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Compute type of the trainer.")
+    trainer_launch: Path | None = Field(
+        None,
+        description="File in accelerate's format: how many processes share an update; default: one on each free GPU.",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of sampler and trainer; 0 = all cores.")
     max_concurrent_rollouts: int = Field(256, ge=1, description="Trajectories one job keeps in flight.")
 

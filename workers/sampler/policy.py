@@ -12,6 +12,7 @@ rollout. A sampler that comes, or comes back, gets every version in use and prov
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import shutil
 import time
@@ -45,6 +46,7 @@ log = logging.getLogger("hone.policy")
 PIN_S = 90.0
 KEEP_S = 20.0  # how often wants and pins are renewed
 RETRY_PAUSE_S = 0.5
+ASKED_AT_MOST = 6  # times that a turn was sent to an engine that served and then failed
 PUBLISH_WAIT_S = 300.0  # for the keeper to bring a sampler back: a finished step is worth more than this wait
 CATCH_UP_S = 60.0  # well below PIN_S: the loop that renews the pins also brings samplers up to date
 
@@ -179,21 +181,25 @@ class ServedPolicy:
     # --- what is asked of it ----------------------------------------------------------------------------------------
 
     async def turn(self, request: TurnRequest) -> Completion:
-        """Sample one assistant message; asked again whole on infrastructure faults until the request's deadline."""
+        """Sample one assistant message; asked again whole on infrastructure faults until the request's deadline.
+
+        A turn that every engine dies of must not keep them all restarting until then: it is given up sooner.
+        """
         adapter = self._adapters[request.version]
         failure: SamplerError | None = None
         with self._asks(request.version):
-            while True:
+            for asked in itertools.count(1):
                 station = await self._station(request, failure)
                 try:
                     async with station.slot(request.deadline):
                         return await self._ask(station, adapter, request)
                 except (SamplerUnavailable, ModelNotServed) as error:
-                    if time.monotonic() >= request.deadline:
+                    if time.monotonic() >= request.deadline or asked == ASKED_AT_MOST:
                         raise
                     log.warning("%s: %s; asking again", request.request_id, error)
                     failure = error
                     self._lose(station)
+        raise AssertionError  # count has no end
 
     async def score(self, name: str, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs under an adapter (or the base model's id), per sequence, from position 1 on."""

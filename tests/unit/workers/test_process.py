@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from workers import leash
 from workers.process import FD, kill_group, log_tail, spawn, spawn_on_leash
 
@@ -44,6 +46,20 @@ def test_a_child_of_the_child_dies_when_the_parent_lets_go(tmp_path: Path) -> No
     child.drop_leash()
     until(lambda: gone(pid))
     assert child.process.wait(5) == -signal.SIGKILL
+
+
+def test_only_a_trusted_child_gets_our_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HONE_SECRET_KEY", "k-123")
+    monkeypatch.setenv("HONE_DATABASE_URL_FILE", "/run/db")
+    given = {"HONE_SECRET_KEY": "k-456", "HONE_PORT": "1"}
+    for trusted in (False, True):
+        log = tmp_path / f"{trusted}.log"
+        child = spawn(["env"], log=log, environment=given, leash=(), trusted=trusted)
+        assert child.process.wait(10) == 0
+        child.drop_leash()
+        said = log.read_text()
+        assert "HONE_PORT=1" in said
+        assert ("k-456" in said, "/run/db" in said, "k-123" in said) == (trusted, trusted, False)
 
 
 def test_the_whole_family_dies_with_a_killed_parent(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class FakeTrainer:
         self.stopped = False
         self.on_progress: Any = None
         self.before_step: Callable[[Step], Awaitable[None]] | None = None
+
+    def use(self, environment: Mapping[str, str]) -> None:
+        assert environment == {}  # no GPU here
 
     async def start(self, message: Start) -> Ready:
         self.begun = message

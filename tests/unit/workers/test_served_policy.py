@@ -168,6 +168,21 @@ async def test_an_engine_that_lives_and_always_fails_is_given_up_at_the_deadline
     assert len(engine.requests) > 1
 
 
+async def test_a_turn_that_every_engine_dies_of_is_given_up_long_before_its_deadline(
+    samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
+) -> None:
+    engine = await samplers.add("a")
+    await policy.publish(0, version(0, tmp_path))
+
+    async def die(request: CompletionRequest) -> Completion | None:
+        raise SamplerUnavailable("the engine died", url=engine.url)
+
+    engine.before = die
+    with pytest.raises(SamplerUnavailable, match="the engine died"):
+        await asyncio.wait_for(policy.turn(asks(seconds=300)), 30)
+    assert len(engine.requests) == 6
+
+
 async def test_without_any_sampler_the_error_has_the_keepers_reason(
     database: Database, samplers: FakeSamplers, policy: ServedPolicy
 ) -> None:

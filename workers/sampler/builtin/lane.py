@@ -233,7 +233,7 @@ class Lane:
         return plan, _Inputs(
             torch.from_numpy(np.concatenate(ids))[None],
             torch.from_numpy(np.concatenate(positions))[None],
-            torch.tensor(wanted),
+            torch.tensor(wanted, dtype=torch.long),  # said, because it may be empty
         )
 
     def _blocks(self, singles: Sequence[_Work]) -> list[attention.DecodeBlock]:
