@@ -121,6 +121,32 @@ def test_a_far_policy_does_not_hide_behind_the_noise_it_makes_itself() -> None:
     )
 
 
+def test_noise_that_is_largest_where_the_step_is_largest_is_seen_as_that() -> None:
+    """Right versions whose few moved tokens are the uncertain ones: p scatters, and is never taken for a failure."""
+    verdicts = []
+    for seed in range(200):
+        rng = random.Random(seed)
+        old = [[-rng.random() for _ in range(380)]]
+        moved = [rng.random() < 0.05 for _ in old[0]]
+        new = [[a + (rng.gauss(0, 0.3) if big else rng.gauss(0, 0.01)) for a, big in zip(old[0], moved, strict=True)]]
+        seen = [[a + rng.gauss(0, 0.3 if big else 0.02) for a, big in zip(new[0], moved, strict=True)]]
+        verdicts.append(project(seen, new, old, against=6, noise=Noise(0.07, 0.0)).verdict)
+    assert Verdict.FAILS not in verdicts
+    assert verdicts.count(Verdict.NOT_RESOLVABLE) > 100
+
+
+def test_the_version_before_is_found_though_the_noise_is_uneven() -> None:
+    verdicts = []
+    for seed in range(200):
+        rng = random.Random(seed)
+        old = [[-rng.random() for _ in range(380)]]
+        new = [[a + rng.gauss(0, 0.1) for a in old[0]]]
+        seen = [[a + rng.gauss(0, 0.01 + 0.5 * abs(b - a)) for a, b in zip(old[0], new[0], strict=True)]]
+        verdicts.append(project(seen, new, old, against=6, noise=Noise(0.05, 0.0)).verdict)
+    assert verdicts.count(Verdict.FAILS) > 190
+    assert Verdict.HOLDS not in verdicts
+
+
 def test_a_policy_far_beyond_the_new_version_is_neither_of_the_two() -> None:
     old = scores(1)
     new = near(old, 0.02)

@@ -15,7 +15,10 @@ from typing import Any
 
 Scores = Sequence[Sequence[float]]  # per canary sequence, from position 1 on
 
-RESOLVABLE_SD = 0.15  # of the step; the threshold is half a step away, above three standard deviations
+RESOLVABLE_SD = 0.15  # of the step; the middle between the two versions is more than three of them away
+CERTAIN = math.log(1e4)  # odds that the other version is served, before a projection beyond the middle is a failure
+BEYOND = 6.0  # standard deviations past the new version that make it another policy altogether
+UNEVEN = 6.0  # times the base's noise that a step's own may show: tokens that move most are also the least certain
 STILL = 1e-5  # nats; what the trainer's scores must differ by before equal answers of a sampler say anything
 
 
@@ -99,9 +102,14 @@ class Projection:
 
     @property
     def verdict(self) -> Verdict:
-        if self.projection is None or self.noise_sd is None or self.noise_sd > RESOLVABLE_SD:
+        """Nearer to N holds. A failure takes odds of `CERTAIN` for the older version against N (normal noise), or a
+        projection far beyond N, which is neither of the two; in between nothing was resolved."""
+        p, sd = self.projection, self.noise_sd
+        if p is None or sd is None or sd > RESOLVABLE_SD:
             return Verdict.NOT_RESOLVABLE
-        return Verdict.HOLDS if 0 < self.projection < 1 else Verdict.FAILS  # beyond 1 it is neither of the two
+        if p > max(1.0, 0.5 + BEYOND * sd) or p <= -CERTAIN * sd * sd:
+            return Verdict.FAILS
+        return Verdict.HOLDS if p > 0 else Verdict.NOT_RESOLVABLE
 
     @property
     def sentence(self) -> str:
@@ -174,25 +182,33 @@ def noise_of(base: Match, sampler_dtype: str, trainer_dtype: str) -> Noise:
 def project(
     served: Scores, trained: Scores, older: Scores, *, against: int, noise: Noise | None = None, exact: bool = True
 ) -> Projection:
-    """Gate B. p = sum((v - (t_N + t_M) / 2) * d) / sum(d²) with d = t_N - t_M; its sd is rms(v - t_N) / ‖d‖.
+    """Gate B: p, the slope of v - (t_N + t_M) / 2 on d = t_N - t_M.
 
-    `noise`: that of the base on this sampler; without it, `exact` says whether the trainer's own scores have none. A
-    difference of more than twice the base's is not noise, and must not hide that another policy is served. A trainer
-    with noise of its own puts it into d twice: only the rest of d² is the step, p is half of that share, and both p and
-    sd are given in units of the step.
+    Its sd is the slope's standard error that allows every token its own noise (HC3: MacKinnon & White 1985), because
+    the tokens that a step moves most are the ones that rounding moves most, too; one rms for all read a right version
+    as +1.08 with an sd of 0.14. `noise` is the base's on this sampler: the sd lies between what that gives and
+    `UNEVEN` times as much, or another policy would hide behind the distance that it makes itself.
+
+    A trainer with noise of its own puts it into d twice: only the rest of d² is the step, p is half of that share, and
+    both p and sd are given in units of the step. Without `noise`, `exact` says whether the trainer's scores have none.
     """
     v, t, m = flat(served, trained), flat(trained, served), flat(older, served)
     d = [a - b for a, b in zip(t, m, strict=True)]
     squares = math.fsum(x * x for x in d)
     step = (math.fsum(map(abs, d)) / len(d), max(map(abs, d)))
-    rms = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(v, t, strict=True)) / len(v))
+    rms = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(v, t, strict=True)) / len(v))  # seen here, now
     of_trainer = noise.trainer if noise is not None else 0.0 if exact else rms
     share = 1 - 2 * len(d) * of_trainer**2 / squares if squares else 0.0
     if share <= 0 or not all(map(math.isfinite, v)):
         return Projection(against, None, None, *step)
     middle = [(a + b) / 2 for a, b in zip(t, m, strict=True)]
     p = math.fsum((a - b) * x for a, b, x in zip(v, middle, d, strict=True)) / squares
-    sd = min(rms, math.inf if noise is None else 2 * noise.together) / math.sqrt(squares)
+    left = [a - b - p * x for a, b, x in zip(v, middle, d, strict=True)]
+    scores = (e * x / max(1e-9, 1 - x * x / squares) for e, x in zip(left, d, strict=True))
+    sd = math.sqrt(math.fsum(each * each for each in scores)) / squares
+    if noise is not None:
+        even = noise.together / math.sqrt(squares)
+        sd = max(even, min(sd, UNEVEN * even))
     return Projection(against, p / share, sd / share, *step)
 
 
