@@ -32,7 +32,10 @@ FINISHED = ("succeeded", "failed", "cancelled", "paused")  # a paused job waits 
 
 
 def create_job(client: OpenAI, shop: Shop, task: Task, model: str, seed: int) -> FineTuningJob:
-    """Both files, one job: 8 steps of 8 questions, 8 rollouts each."""
+    """Both files, one job: 8 steps of 8 questions, 8 rollouts each.
+
+    Strictly on-policy: in eight steps each counts, and on a CPU sampling ahead takes the trainer's cores.
+    """
     files = [
         client.files.create(file=(f"{task.name}-{name}.jsonl", jsonl(rows)), purpose="fine-tune").id
         for name, rows in (("train", task.train), ("valid", task.valid))
@@ -57,7 +60,7 @@ def create_job(client: OpenAI, shop: Shop, task: Task, model: str, seed: int) ->
         seed=seed,
         suffix=task.name,
         method={"type": "reinforcement", "reinforcement": reinforcement},  # type: ignore[arg-type]  # tools: not typed there
-        extra_body={"hone": {"max_tokens_per_turn": task.max_tokens, "max_trained_rollouts": 32}},
+        extra_body={"hone": {"max_tokens_per_turn": task.max_tokens, "max_trained_rollouts": 32, "max_staleness": 0}},
     )
 
 
