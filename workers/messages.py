@@ -90,9 +90,7 @@ class Published:
     name: str
     path: str
     sha256: str
-    canary_log_probs: (
-        str  # JSON file beside the adapter: log-probs of each canary, forward in `Start.dtype`, softmax fp32
-    )
+    canary_log_probs: str  # JSON file beside the adapter: log-probs of each canary; fp32, or `Start.dtype` if sharded
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ class Run:
         publisher = Publisher(
             self.policy,
             inputs.canary,
-            dtypes,
+            # The trainer scores the canary in fp32, unless its base is split over ranks.
+            (dtypes[0], dtypes[1] if launch.shard_base else "float32"),
             files=AdapterFiles(inputs.model.path, plan.lora_rank, plan.lora_alpha, plan.lora_targets),
             memory=self.settings.jobs_dir / self.job.id / "canary-v0.json",
         )

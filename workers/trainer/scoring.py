@@ -33,7 +33,8 @@ def score_tree(policy: Any, plan: TreePlan, temperature: float) -> Scores:
     output = causal.base_model(input_ids=plan.ids, position_ids=plan.positions, use_cache=False, tree=plan)
     hidden = output.last_hidden_state[0].index_select(0, plan.scored_slots)
     head = causal.get_output_embeddings()
-    log_probs, entropy = token_log_probs(hidden, head.weight, plan.scored_ids, temperature)
+    weight = head.weight.to(hidden.dtype)  # the head's own, unless the forward is wider (`precise`)
+    log_probs, entropy = token_log_probs(hidden, weight, plan.scored_ids, temperature)
     return Scores(log_probs.index_select(0, plan.trained_nodes), entropy.index_select(0, plan.trained_nodes))
 
 

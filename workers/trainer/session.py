@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import TrainerCallback
 
 from workers.batch import TrainingRow, read_batch
 from workers.messages import Progress, ProtocolError, Published, Ready, Start, Step, StepDone, Stop
-from workers.trainer import grpo, model, publish, scoring, snapshot
+from workers.trainer import grpo, model, precise, publish, scoring, snapshot
 from workers.trainer.importance import Limits
 from workers.trainer.world import Channel, RanksDiverged, World
 
@@ -148,12 +149,13 @@ class Session(TrainerCallback):  # type: ignore[misc]  # untyped base
             raise ProtocolError(f"all {self._start.total_steps} steps are done; got {message}")
 
     def _score_canary(self) -> tuple[list[list[float]], float]:
-        """The canary's log-probs with the adapter as it is now, and how long that took."""
+        """The canary's log-probs with the adapter as it is now, in fp32 where one rank has the base; and how long."""
         if not self._scores_canary:
             return [], 0.0
         began = self._clock()
         self._channel.send(Progress("canary", 0, 1))
-        scores = scoring.score_rows(self._state.policy, self._canary, self._start.temperature)
+        with nullcontext() if self._start.shard_base else precise.widened(self._state.policy):
+            scores = scoring.score_rows(self._state.policy, self._canary, self._start.temperature)
         return scores, self._clock() - began
 
     def _publish(self, canary: list[list[float]]) -> Published:
