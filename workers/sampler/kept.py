@@ -32,6 +32,7 @@ class Kept:
     url: str
     child: Child | None  # None: it runs elsewhere
     dtype: str | None  # what it was started with
+    max_lora_rank: int | None  # likewise; None: it runs elsewhere and does not say
     context: int
     log: Path
     log_from: int  # bytes of the log that were there before

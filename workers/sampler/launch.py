@@ -24,6 +24,7 @@ class Launch:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     dtype: str | None
+    max_lora_rank: int
 
 
 class Engine(Protocol):
@@ -62,4 +63,5 @@ class BuiltIn:
             "--threads": settings.cpu_threads,
         }
         flat = [str(part) for pair in options.items() for part in pair]
-        return Launch((sys.executable, "-m", "workers.sampler.builtin", *flat), OFFLINE, None)
+        command = (sys.executable, "-m", "workers.sampler.builtin", *flat)
+        return Launch(command, OFFLINE, None, settings.sampler_max_lora_rank)

@@ -70,7 +70,13 @@ class Vllm:
     def launch(self, model: BaseModel, server: int, port: int) -> Launch:
         module = ("-m", "vllm.entrypoints.openai.api_server")
         command = (str(self.python), *module, *self._options(model, port), *shlex.split(self._settings.vllm_args))
-        return Launch(command, self._environment(server), self.dtype)
+        return Launch(command, self._environment(server), self.dtype, self.max_lora_rank(model))
+
+    def max_lora_rank(self, model: BaseModel) -> int:
+        """Without a GPU every token gathers its adapter up to this rank, used or not: 64 for 16 is 4× the work."""
+        if self.shares is None and "sampler_max_lora_rank" not in self._settings.model_fields_set:
+            return lora_rank(model.lora_rank)
+        return lora_rank(self._settings.sampler_max_lora_rank)
 
     def _options(self, model: BaseModel, port: int) -> list[str]:
         settings = self._settings
@@ -84,7 +90,7 @@ class Vllm:
             "--max-model-len": min(model.context, settings.sampler_max_model_len),
             "--max-loras": slots,
             "--max-cpu-loras": 2 * slots,  # one that left its slot comes back from memory, not from disk
-            "--max-lora-rank": lora_rank(settings.sampler_max_lora_rank),
+            "--max-lora-rank": self.max_lora_rank(model),
             # Sampling defaults of the model's own generation_config are of no use here: every field is sent.
             "--generation-config": "vllm",
         }

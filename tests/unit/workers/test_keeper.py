@@ -66,7 +66,7 @@ class SmallEngine:
     name: str = "small"
 
     def launch(self, model: BaseModel, server: int, port: int) -> Launch:
-        return Launch((sys.executable, "-I", "-S", "-c", SERVER, self.serves, str(port)), {}, None)
+        return Launch((sys.executable, "-I", "-S", "-c", SERVER, self.serves, str(port)), {}, None, 64)
 
 
 class SmallKeeper(Keeper):

@@ -77,6 +77,14 @@ def test_slots_and_rank_come_from_the_settings(settings: Settings, model: BaseMo
     assert values == ["12", "24", "32"]
 
 
+def test_on_a_cpu_the_rank_is_the_models_own_unless_it_is_set(settings: Settings, model: BaseModel) -> None:
+    gpu, cpu = (Vllm(settings, PYTHON, found).launch(model, 0, 1) for found in (cards(1), []))
+    assert (gpu.max_lora_rank, cpu.max_lora_rank) == (64, lora_rank(model.lora_rank))
+    assert after(cpu.command, "--max-lora-rank") == str(cpu.max_lora_rank)
+    said = settings.model_copy(update={"sampler_max_lora_rank": 40})
+    assert Vllm(said, PYTHON, []).launch(model, 0, 1).max_lora_rank == 64
+
+
 def test_every_server_runs_on_its_own_gpus_and_the_operators_arguments_come_last(
     settings: Settings, model: BaseModel
 ) -> None:
