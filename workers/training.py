@@ -131,7 +131,7 @@ class Training:
         parts, at = self._p, self._at
         step, clock = at.step + 1, Clock(parts.recorder.seconds)
         idle, self._began = parts.pool.idle_s, clock.began
-        self._doing = f"step {step}: waiting for its rollouts"
+        self._doing = "waiting for rollouts"
         with clock.phase("waiting", counts_as=""):
             rollouts = await parts.pipeline.next(step)
         self._share(clock.step["waiting"], rollouts.members)
@@ -148,7 +148,7 @@ class Training:
             data |= await self._publish(done, staleness, clock)
         at.empty_steps = 0 if done else at.empty_steps + 1
         parts.pipeline.advance(step, at.version)
-        self._doing = f"step {step}: waiting for the validation of step {step - 1}"
+        self._doing = f"step {step}: waiting for the validation before it"
         await self._evaluated(clock)
         data |= self._timing(clock, rollouts, parts.pool.idle_s - idle)
         await self._record(step, rollouts, selected, done, data)
