@@ -101,6 +101,7 @@ def run(options: argparse.Namespace, model: BaseModel, scratch: Path) -> list[Lo
             hone={
                 "max_tokens_per_turn": 64, "lora_rank": 4, "learning_rate": 1e-5, "on_no_signal": "continue",
                 "max_sequence_tv": "off", "importance_range": "off",
+                "max_trained_rollouts": 1,  # half the CPU time of a publication, and memory needs no second row
             },
         )  # fmt: skip
         jobs = [running.create(spec) for _ in range(JOBS)]
