@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import statistics
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +43,8 @@ def say(line: str) -> None:
 
 
 def begin(title: str) -> None:
+    """Say where it runs. From here on SIGTERM unwinds, so that what was started is stopped."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     say(f"{title}\nhost: {host()}\nload: {os.getloadavg()[0]:.2f} at the start")
 
 
