@@ -53,7 +53,7 @@ def run(settings: Settings) -> int:
     settings.root.mkdir(parents=True, exist_ok=True)
     with _only_one(settings), _listen(settings) as listener:
         prepare_database(settings)
-        hone_logging.configure(logging.WARNING)
+        hone_logging.configure(settings.log_format, logging.WARNING)
         return asyncio.run(_serve(settings, listener))
 
 
