@@ -150,6 +150,12 @@ class KeyRing:
         """All keys, oldest first, revoked ones too."""
         return (await session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id))).all()
 
+    async def stale(self, session: AsyncSession) -> Sequence[str]:
+        """The ids of live keys that need an older secret until they are used."""
+        return [
+            key.id for key in await self.list(session) if key.revoked_at is None and not self.is_current(key.digest)
+        ]
+
     async def revoke(self, session: AsyncSession, key_id: str) -> None:
         """From the next request on the key is refused. Raises NotFound; revoking twice is fine."""
         found = await session.scalar(select(ApiKey.id).where(ApiKey.id == key_id))
