@@ -20,6 +20,7 @@ from app.core.states import JobStatus, RolloutState
 from app.db.engine import now, rows_changed
 from app.db.tables import Job, Rollout, Snapshot
 from app.jobs import events, state
+from app.webhooks import outbox
 
 
 class LeaseLost(Exception):
@@ -241,6 +242,7 @@ async def pause(
         message=f"Fine-tuning job paused after step {step}: {reason}",
         data={"step": step, **(data or {})},
     )
+    await outbox.enqueue(session, fence.job_id, JobStatus.PAUSED)
 
 
 async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **values: Any) -> None:
@@ -259,6 +261,7 @@ async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **value
         **values,
     )
     await close_open_rollouts(session, fence.job_id)
+    await outbox.enqueue(session, fence.job_id, status)
 
 
 async def close_open_rollouts(session: AsyncSession, job_id: str) -> None:
@@ -323,4 +326,6 @@ async def finish_validation(
             finished_at=None if error is None else now(),
         ),
     )
+    if result == 1:
+        await outbox.enqueue(session, job_id, target)
     return result == 1
