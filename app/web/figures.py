@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.states import TERMINAL, JobStatus, RolloutState
@@ -37,18 +37,13 @@ class Figures:
 async def read(session: AsyncSession) -> Figures:
     """A handful of queries over indices; bounded by the jobs that have not ended."""
     open_jobs = Job.status.not_in([status.value for status in TERMINAL])
-    jobs = dict((await session.execute(select(Job.status, func.count()).group_by(Job.status))).tuples().all())
-    rollouts = dict(
-        (
-            await session.execute(
-                select(Rollout.state, func.count())
-                .join(Job, Job.id == Rollout.job_id)
-                .where(open_jobs)
-                .group_by(Rollout.state)
-            )
-        )
-        .tuples()
-        .all()
+    jobs = await _counts(session, select(Job.status, func.count()).group_by(Job.status))
+    rollouts = await _counts(
+        session,
+        select(Rollout.state, func.count())
+        .join(Job, Job.id == Rollout.job_id)
+        .where(open_jobs)
+        .group_by(Rollout.state),
     )
     phases: Counter[str] = Counter()
     for seconds in await session.scalars(select(Job.seconds).where(open_jobs)):
@@ -63,10 +58,14 @@ async def read(session: AsyncSession) -> Figures:
         phase_seconds=phases,
         queue_age_s=await _queue_age(session),
         expired_leases=await session.scalar(expired) or 0,
-        samplers=dict((await session.execute(samplers.group_by(Sampler.base_model))).tuples().all()),
+        samplers=await _counts(session, samplers.group_by(Sampler.base_model)),
         samplers_wanted=await session.scalar(wanted) or 0,
-        processes=dict((await session.execute(processes.group_by(Process.kind))).tuples().all()),
+        processes=await _counts(session, processes.group_by(Process.kind)),
     )
+
+
+async def _counts(session: AsyncSession, query: Select[str, int]) -> dict[str, int]:
+    return {name: number for name, number in await session.execute(query)}
 
 
 async def _queue_age(session: AsyncSession) -> float:

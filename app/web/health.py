@@ -39,7 +39,7 @@ async def healthz(database: DatabaseDep) -> JSONResponse:
 @cache
 def newest_revision(url: str) -> str | None:
     """The newest revision that this code knows; reading it imports every migration, so once."""
-    return ScriptDirectory.from_config(migrate.config(url)).get_currentnewest_revision()
+    return ScriptDirectory.from_config(migrate.config(url)).get_current_head()
 
 
 async def problems(database: Database) -> dict[str, str]:

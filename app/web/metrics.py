@@ -1,4 +1,4 @@
-"""`GET /metrics` in Prometheus text: requests of this process, and what the rows tell about jobs, rollouts and samplers.
+"""`GET /metrics` in Prometheus text: the requests of this process, and what the rows tell about the whole service.
 
 Does not cover: the engines, whose own metrics a scraper reads at their own port. No label grows with users: a route is
 its template, and no id, key or project appears.
@@ -34,6 +34,7 @@ DEADLINE_S = 5.0
 # Chat waits for a sampler: seconds to minutes. Everything else is answered in milliseconds.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0)
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+API = "/v1"
 UNMATCHED = "none"  # no route has this path; paths themselves would be labels without end
 
 router = APIRouter(include_in_schema=False)
@@ -96,9 +97,17 @@ class Measured:
             await self.app(scope, receive, noted)
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
-            route = getattr(scope.get("route"), "path", UNMATCHED)  # set by the router while it served
+            route = _template(scope)
             self._metrics.requests.labels(method, route, status).inc()
             self._metrics.seconds.labels(method, route).observe(time.monotonic() - began)
+
+
+def _template(scope: Scope) -> str:
+    """The path of the route that served, set by the router; some versions of FastAPI leave out an outer prefix."""
+    found: str | None = getattr(scope.get("route"), "path", None)
+    if found is None:
+        return UNMATCHED
+    return API + found if scope["path"].startswith(API + "/") and not found.startswith(API + "/") else found
 
 
 class _Rows(Collector):

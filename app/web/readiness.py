@@ -7,7 +7,8 @@ keep sending requests while workers are away, because the queue takes jobs all t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -44,7 +45,7 @@ class Readiness:
             return f"no answer within {self._deadline_s:g} s"
 
 
-def _settled(check: Check) -> Callable[[], Awaitable[str | None]]:
+def _settled(check: Check) -> Callable[[], Coroutine[Any, Any, str | None]]:
     async def look() -> str | None:
         try:
             return await check()

@@ -1,7 +1,7 @@
 """A look at something outside that may hang: never more than one at a time, never waited for past a deadline.
 
-Does not cover: cancelling it. A thread in a dead network mount cannot be cancelled; the next caller finds it still there
-and waits for the same look instead of starting another.
+Does not cover: cancelling it. A thread in a dead network mount cannot be cancelled; the next caller finds it still
+there and waits for the same look instead of starting another.
 """
 
 from __future__ import annotations
