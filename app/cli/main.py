@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import keys, models
+from app.cli import keys, models, webhooks
 from app.cli.failure import FAILED, INTERRUPTED, CommandFailed
 from app.cli.installation import Data, Json, load_settings
 from app.core.errors import ServiceError
@@ -27,6 +27,7 @@ cli = typer.Typer(
 START, LOOK = "Start", "Look"
 cli.add_typer(keys.commands, name="keys", rich_help_panel="Service")
 cli.add_typer(models.commands, name="models", rich_help_panel="Service")
+cli.add_typer(webhooks.commands, name="webhooks", rich_help_panel="Service")
 
 
 @cli.command("up", rich_help_panel=START)
