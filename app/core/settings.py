@@ -44,7 +44,12 @@ class Settings(BaseSettings):
         Path("data"), description="Everything Hone writes: database, files, models, adapters, traces."
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite (WAL) in the data directory.")
-    redis_url: str | None = Field(None, description="Reserved for the Celery doorbell; the embedded runner polls.")
+    redis_url: str | None = Field(
+        None, description="Redis that `hone worker` is rung over; without it, and under `hone up`, workers only look."
+    )
+    queues: str = Field(
+        "", description="Which queue a model's jobs are rung on: model=queue, … with * in model names; others: hone."
+    )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
     log_format: Literal["text", "json"] = Field("text", description="One line of text, or one JSON object, a log line.")
