@@ -44,7 +44,7 @@ def test_a_rotation_of_the_key_file_is_whole(tmp_path: Path) -> None:
     before = (tmp_path / "secret.key").read_text()
     second = keys(tmp_path, "rotate-secret")
     assert (first.exit_code, second.exit_code) == (0, 0)
-    assert second.stderr == "0 rows were encrypted again.\n"
+    assert "0 rows were encrypted again." in second.stderr
     assert (tmp_path / "secret.key").read_text() != before
     assert len((tmp_path / "secret.key").read_text().split()) == 1
 
