@@ -120,8 +120,6 @@ async def _rotate(settings: Settings) -> Resealed:
         if settings.secret_key is None:
             least = f"{rotation.SETTLE_S:.0f} s"
             sys.stderr.write(f"This takes at least {least}: requests under way may still use the old key.\n")
-                f"This takes at least {rotation.SETTLE_S:.0f} s: requests under way may use the old key.\n"
-            )
             return await rotation.rotate_key_file(database, settings.root)
         vault = load_vault(settings.secret_key.get_secret_value(), settings.root)
         if vault.keys == 1:
