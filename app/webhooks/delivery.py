@@ -13,6 +13,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
@@ -51,7 +53,7 @@ class Courier:
         self._vault = vault
         self._http = http
         self._jitter = jitter
-        self._round: asyncio.Task[int] | None = None
+        self._round: asyncio.Task[None] | None = None
 
     @classmethod
     def of(cls, settings: Settings, database: Database) -> Courier:
@@ -61,12 +63,17 @@ class Courier:
         return cls(database, load_vault(key, settings.root), http)
 
     def kick(self) -> None:
-        """Begin a pass beside the caller's loop, unless one is under way. Raises what the pass before died of."""
-        if self._round is not None and self._round.done():
-            ended, self._round = self._round, None
-            ended.result()
-        if self._round is None:
-            self._round = asyncio.create_task(self.deliver_due())
+        """Begin a pass beside the caller's loop, unless one is under way. Raises nothing: jobs do not wait for this."""
+        if self._round is None or self._round.done():
+            self._round = asyncio.create_task(self._pass())
+
+    async def _pass(self) -> None:
+        try:
+            await self.deliver_due()
+        except SQLAlchemyError as error:
+            log.warning("webhooks: the database refused: %s", error)
+        except Exception:  # a fault of ours; it must not end the process that runs jobs. The lease brings the row again
+            log.exception("webhooks: a pass failed")
 
     async def close(self) -> None:
         """Requests in flight are dropped; their rows come up again when the lease ends."""

@@ -5,8 +5,10 @@ Does not cover: who wins an attempt, and which status changes write the outbox (
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -20,12 +22,14 @@ from app.db.engine import Database, now
 from app.db.tables import DEFAULT_PROJECT, WebhookDelivery, WebhookEndpoint
 from app.jobs import service as jobs
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
-from app.security.vault import Vault
+from app.security.vault import Vault, load_vault
+from app.webhooks import delivery as delivering
 from app.webhooks import service
 from app.webhooks.delivery import BACK_OFF_S, Courier
 from app.webhooks.service import Issued
 from tests.db.rows import Seed
 from tests.unit.net.user_endpoint import Reply, Seen, UserEndpoint
+from workers.local import Runner
 
 VAULT = Vault(["0123456789abcdef0123456789abcdef"])
 
@@ -234,3 +238,46 @@ async def test_a_kick_begins_one_pass_at_a_time(
         courier.kick()
     await courier.close()
     assert len(endpoint.seen) == 1
+
+
+async def test_an_answer_that_hangs_ends_at_the_deadline_and_holds_no_one_else_up(
+    database: Database, courier: Courier, endpoint: UserEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivering, "TIMEOUT_S", 0.2)
+    await listen(database, endpoint)
+    endpoint.plays(Reply(delay_s=5), Reply(200))
+    for _ in range(2):
+        await cancelled_job(database, tmp_path)
+    assert await courier.deliver_due() == 2
+    async with database.read() as session:
+        rows = (await session.scalars(select(WebhookDelivery))).all()
+    assert sorted((row.state, row.last_error) for row in rows) == [
+        ("delivered", None), ("pending", "no complete answer within 0.2 s"),
+    ]  # fmt: skip
+
+
+async def test_the_runner_sends_what_waits(endpoint: UserEndpoint, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", egress_allow=f"127.0.0.1:{endpoint.port}")
+    settings.root.mkdir()
+    migrate.upgrade(settings.database)
+    runner = Runner(settings)
+    key = load_vault(None, settings.root)
+    async with runner.database.begin() as session:
+        issued = await service.add(session, key, DEFAULT_PROJECT, endpoint.url)
+    await cancelled_job(runner.database, tmp_path)
+    await runner.tick()
+    async with asyncio.timeout(20):
+        while not endpoint.seen:
+            await asyncio.sleep(0.01)
+    await runner.shut_down()
+    assert isinstance(unwrap(endpoint.seen[0], issued.secret), FineTuningJobCancelledWebhookEvent)
+
+
+async def test_openais_client_takes_our_own_type_as_well(
+    database: Database, courier: Courier, endpoint: UserEndpoint, tmp_path: Path
+) -> None:
+    issued = await listen(database, endpoint)
+    job_id = await cancelled_job(database, tmp_path, paused_first=True)
+    await courier.deliver_due()
+    event: Any = unwrap(endpoint.seen[0], issued.secret)
+    assert (event.type, event.data.id) == ("fine_tuning.job.paused", job_id)
