@@ -91,6 +91,7 @@ class Job(Base):
         CheckConstraint(_one_of("status", JobStatus), name="status"),
         CheckConstraint("status = 'running' OR lease_owner IS NULL OR status = 'validating_files'", name="lease"),
         CheckConstraint("attempt >= 0 AND step >= 0 AND crashes >= 0", name="counters"),
+        CheckConstraint("reserved_slots = 0 OR status = 'running'", name="slots"),
         Index("ix_jobs_status_created", "status", "created_at"),
         Index("ix_jobs_project_created", "project_id", "created_at"),
     )
@@ -187,6 +188,7 @@ class Rollout(Base):
         CheckConstraint(_one_of("state", RolloutState), name="state"),
         CheckConstraint("split IN ('train', 'valid')", name="split"),
         CheckConstraint("state = 'started' OR finished_at IS NOT NULL", name="finished"),
+        CheckConstraint("turns >= 0 AND tool_calls >= 0 AND completion_tokens >= 0", name="counters"),
         Index("ix_rollouts_job_step", "job_id", "step"),
         Index("ix_rollouts_job_state", "job_id", "state"),
         Index("ix_rollouts_job_seq", "job_id", "seq"),

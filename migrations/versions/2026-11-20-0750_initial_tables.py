@@ -104,6 +104,7 @@ def upgrade() -> None:
             name=op.f("ck_jobs_status"),
         ),
         sa.CheckConstraint("attempt >= 0 AND step >= 0 AND crashes >= 0", name=op.f("ck_jobs_counters")),
+        sa.CheckConstraint("reserved_slots = 0 OR status = 'running'", name=op.f("ck_jobs_slots")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
         sa.UniqueConstraint("fine_tuned_model", name=op.f("uq_jobs_fine_tuned_model")),
     )
@@ -232,6 +233,9 @@ def upgrade() -> None:
         sa.Column("trace_length", sa.BigInteger(), nullable=True),
         sa.CheckConstraint("split IN ('train', 'valid')", name=op.f("ck_rollouts_split")),
         sa.CheckConstraint("state = 'started' OR finished_at IS NOT NULL", name=op.f("ck_rollouts_finished")),
+        sa.CheckConstraint(
+            "turns >= 0 AND tool_calls >= 0 AND completion_tokens >= 0", name=op.f("ck_rollouts_counters")
+        ),
         sa.CheckConstraint(
             "state IN ('started', 'trained', 'evaluated', 'no_signal', 'not_selected', 'group_dropped', 'stale', 'tool_failed', 'grader_failed', 'sampler_failed', 'invalid_score', 'cancelled', 'lost', 'rolled_back')",
             name=op.f("ck_rollouts_state"),

@@ -22,9 +22,10 @@ BOTH = ("sqlite", "postgresql")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test of this folder that needs a database runs once on each."""
+    """Every test of this folder that needs a database runs once on each; `DATABASES` in a module names fewer."""
     for fixture in {"settings", "url"} & set(metafunc.fixturenames):
-        metafunc.parametrize(fixture, BOTH, indirect=True, scope="function")
+        wanted = getattr(metafunc.module, "DATABASES", BOTH)
+        metafunc.parametrize(fixture, wanted, indirect=True, scope="function")
 
 
 @cache
