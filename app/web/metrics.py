@@ -71,7 +71,7 @@ class Metrics:
         except (SQLAlchemyError, OSError, TimeoutError):
             found = None
         rows = CollectorRegistry()
-        rows.register(_Rows(found))
+        rows.register(Rows(found))
         return generate_latest(self.registry) + generate_latest(rows)
 
 
@@ -110,7 +110,7 @@ def _template(scope: Scope) -> str:
     return API + found if scope["path"].startswith(API + "/") and not found.startswith(API + "/") else found
 
 
-class _Rows(Collector):
+class Rows(Collector):
     """`Figures` as metric families."""
 
     def __init__(self, found: Figures | None) -> None:
