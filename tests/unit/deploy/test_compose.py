@@ -1,19 +1,20 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import pytest
 
 from app.cli.main import cli
 from app.core.settings import PREFIX, Settings
-from tests.unit.deploy.composition import COMPOSITION, FILE, OURS, SERVICES
+from tests.unit.deploy.composition import COMPOSITION, FILE, OURS, SERVICES, tool
+
+CHECK = tool("check-jsonschema")
 
 
-@pytest.mark.skipif(shutil.which("check-jsonschema") is None, reason="needs check-jsonschema, which has the schema")
+@pytest.mark.skipif(CHECK is None, reason="needs check-jsonschema, which has the schema")
 def test_the_composition_obeys_the_specification() -> None:
     done = subprocess.run(
-        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(FILE)],
+        [str(CHECK), "--builtin-schema", "vendor.compose-spec", str(FILE)],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

