@@ -51,8 +51,9 @@ class Server:
     def create_database(self, *, migrated: bool = True) -> str:
         """The URL of a new database, with or without tables."""
         if migrated and self._template is None:
-            self._template = self._create("TEMPLATE template0")
-            migrate.upgrade(self._url(self._template))
+            made = self._create("TEMPLATE template0")
+            migrate.upgrade(self._url(made))
+            self._template = made
         return self._url(self._create(f"TEMPLATE {self._template if migrated else 'template0'}"))
 
     def drop_database(self, url: str) -> None:

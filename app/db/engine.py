@@ -37,17 +37,6 @@ from app.db.patient import PatientConnection
 
 BUSY_TIMEOUT_S = 10
 
-# A worker that is frozen, or whose host is gone, inside a transaction must not keep the lock on its job's row: the
-# reconciler skips locked rows. libpq's own limits cover a server that is gone (tests/db/test_postgres.py).
-POSTGRES_DEADLINES: dict[str, Any] = {
-    "connect_timeout": BUSY_TIMEOUT_S,
-    "keepalives_idle": 15,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-    "options": f"-c lock_timeout={BUSY_TIMEOUT_S}s -c idle_in_transaction_session_timeout=20s",
-}
-
 
 class UnsupportedDatabase(ValueError):
     """HONE_DATABASE_URL names neither SQLite nor PostgreSQL, or the driver of the latter is not installed."""
@@ -109,7 +98,11 @@ def create_async(url: str) -> AsyncEngine:
         dialect.do_terminate = dialect.do_close  # type: ignore[method-assign]  # a second, forced close would not wait
         _prepare_sqlite(engine.sync_engine)
         return engine
-    return create_async_engine(parsed, pool_pre_ping=True, connect_args=POSTGRES_DEADLINES)
+    from app.db import postgres  # late: its driver is an extra
+
+    made = create_async_engine(parsed, **postgres.OPTIONS)
+    postgres.prepare(made.sync_engine)
+    return made
 
 
 def _patient(url: URL) -> PatientConnection:
@@ -128,7 +121,11 @@ def create_sync(url: str) -> Engine:
         engine = create_engine(parsed.set(drivername="sqlite"), connect_args={"timeout": BUSY_TIMEOUT_S})
         _prepare_sqlite(engine)
         return engine
-    return create_engine(parsed, pool_pre_ping=True, connect_args=POSTGRES_DEADLINES)
+    from app.db import postgres  # late: its driver is an extra
+
+    engine = create_engine(parsed, **postgres.OPTIONS)
+    postgres.prepare(engine)
+    return engine
 
 
 def _prepare_sqlite(engine: Engine) -> None:

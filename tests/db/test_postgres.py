@@ -6,15 +6,17 @@ Does not cover: what holds on both databases (the rest of this folder).
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from app.db import postgres
 from app.db.engine import Database, create_sync
-from app.db.tables import DEFAULT_PROJECT, Job
-from app.jobs import leases, service
+from app.db.tables import DEFAULT_PROJECT, Event, Job
+from app.jobs import events, leases, service
 from tests import postgres as real
 from tests.db.rows import Seed
 
@@ -23,11 +25,12 @@ CUT = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname
 
 
 @pytest.fixture
-def mortal(postgres: real.Server) -> real.Server:
+def mortal(request: pytest.FixtureRequest) -> real.Server:
     """A server that may be stopped."""
-    if postgres.engine is None:
+    server: real.Server = request.getfixturevalue("postgres")
+    if server.engine is None:
         pytest.skip(f"the server of {real.VARIABLE} is not ours to stop")
-    return postgres
+    return server
 
 
 @pytest.fixture
@@ -115,3 +118,23 @@ async def test_a_reading_transaction_cannot_write(database: Database, seed: Seed
     with pytest.raises(DBAPIError, match="read-only"):
         async with database.read() as session:
             await session.execute(update(Job).values(step=9))
+
+
+async def test_text_that_postgresql_refuses_is_stored_with_a_mark_and_searched(database: Database, seed: Seed) -> None:
+    bad = "a\x00b\ud800c"
+    job_id = await seed.job(activity=bad, user_metadata={bad: bad, "team": "\U0001f600"}, live={"x": [bad, 1, None]})
+    async with database.begin() as session:
+        await events.append(session, project_id=DEFAULT_PROJECT, job_id=job_id, message=bad)
+    async with database.read() as session:
+        for metadata in ({"team": "\U0001f600"}, {bad: bad}):
+            page = await service.list_jobs(session, DEFAULT_PROJECT, after=None, limit=5, metadata=metadata)
+            assert [view.job.id for view in page.items] == [job_id]
+        job = page.items[0].job
+        assert await session.scalar(select(Event.message)) == "a\ufffdb\ufffdc"
+    assert (job.activity, job.live) == ("a\ufffdb\ufffdc", {"x": ["a\ufffdb\ufffdc", 1, None]})
+
+
+@pytest.mark.parametrize("given", ["", "plain", "naïve \U0001f600 \u4f60", "\\u0000 and \\ud800 spelt out"])
+def test_all_other_text_is_kept_as_it_is(given: str) -> None:
+    assert postgres.keepable(given) == given
+    assert json.loads(postgres.keepable_json({given: [given]})) == {given: [given]}
