@@ -104,12 +104,11 @@ class Courier:
             if outcome.error is None:
                 await repository.delivered(session, attempt, outcome.status or 0)
                 return
-            pause = self._pause_s(attempt.number, outcome.asked_pause_s)
-            ours = await repository.failed(
-                session, attempt, status=outcome.status, error=outcome.error, again_in_s=pause
-            )
-            if ours and outcome.status == GONE:
+            if outcome.status == GONE:
                 await repository.disable(session, endpoint.id, "the endpoint answered 410: it wants no more events")
+            else:
+                pause = self._pause_s(attempt.number, outcome.asked_pause_s)
+                await repository.failed(session, attempt, status=outcome.status, error=outcome.error, again_in_s=pause)
         log.warning(
             "webhook %s for %s to %s, attempt %d: %s",
             attempt.delivery.event_id, attempt.delivery.job_id, endpoint.id, attempt.number, outcome.error,

@@ -25,6 +25,8 @@ async def enqueue(session: AsyncSession, job_id: str, status: JobStatus) -> None
         select(WebhookEndpoint.id, WebhookEndpoint.events, WebhookEndpoint.project_id)
         .join(Job, Job.project_id == WebhookEndpoint.project_id)
         .where(Job.id == job_id, WebhookEndpoint.disabled_at.is_(None))
+        # A removal waits for us: it must not make the insert, and with it the end of a job, break on a foreign key.
+        .with_for_update(of=WebhookEndpoint, read=True, key_share=True)
     )
     event_id = new_id("evt_")
     for endpoint_id, wanted, project_id in (await session.execute(query)).all():
