@@ -105,8 +105,13 @@ def rotate_secret(data: Data = None) -> None:
             fix="add the key they were sealed with to HONE_SECRET_KEY, or remove those rows; then run this again",
         )
     sys.stderr.write(f"{done.rows} rows were encrypted again.\n")
-    if settings.secret_key is not None:
+    if _setting(settings):
         _say_what_remains(data)
+
+
+def _setting(settings: Settings) -> str:
+    """HONE_SECRET_KEY; empty when the key file is in force."""
+    return settings.secret_key.get_secret_value() if settings.secret_key is not None else ""
 
 
 async def _rotate(settings: Settings) -> Resealed:
@@ -117,11 +122,11 @@ async def _rotate(settings: Settings) -> Resealed:
 
     database = Database(settings.database)
     try:
-        if settings.secret_key is None:
+        if not _setting(settings):
             least = f"{rotation.SETTLE_S:.0f} s"
             sys.stderr.write(f"This takes at least {least}: requests under way may still use the old key.\n")
             return await rotation.rotate_key_file(database, settings.root)
-        vault = load_vault(settings.secret_key.get_secret_value(), settings.root)
+        vault = load_vault(_setting(settings), settings.root)
         if vault.keys == 1:
             raise CommandFailed(
                 "HONE_SECRET_KEY holds one key: there is none to rotate to",

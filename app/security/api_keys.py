@@ -63,7 +63,7 @@ def load_peppers(settings: Settings) -> list[bytes]:
 
     The first digests new keys; keys digested with a later one still work, and move to the first when they are used.
     """
-    if settings.secret_key is not None:
+    if settings.secret_key is not None and settings.secret_key.get_secret_value().strip(", "):  # else: not set
         parts = [part.strip() for part in settings.secret_key.get_secret_value().split(",")]
         return [hmac.digest(part.encode(), b"hone api keys", "sha256") for part in parts if part]
     path = settings.root / SECRET_FILE

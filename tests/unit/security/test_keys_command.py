@@ -60,3 +60,10 @@ def test_with_a_setting_the_operator_is_told_what_to_do(tmp_path: Path, monkeypa
     [row] = json.loads(keys(tmp_path, "list", "--json").stdout)
     assert keys(tmp_path, "revoke", row["id"]).exit_code == 0
     assert "leave the new key alone" in keys(tmp_path, "rotate-secret").stderr
+
+
+def test_a_setting_that_is_empty_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HONE_SECRET_KEY", "")
+    assert keys(tmp_path, "create", "a").exit_code == 0
+    assert keys(tmp_path, "rotate-secret").exit_code == 0
+    assert {"secret.key", "api_keys.secret"} <= {path.name for path in tmp_path.iterdir()}
