@@ -62,6 +62,8 @@ class Slot(Daemon):
     async def take(self, job_id: str) -> None:
         """Once the slot is free: do what the row asks for, until it is done or we stop."""
         async with self.taken:
+            if self.stopping.is_set():
+                return
             if await self.status(job_id) == JobStatus.VALIDATING:
                 await self.unless_stopped(
                     validate_job(self.database, self.settings, self.catalogue, job_id, self.owner)

@@ -67,6 +67,8 @@ class SlotThread:
         concurrent.futures.wait([self.ended], GRACE_S + 5)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(5)
+        if not self.thread.is_alive():
+            self.loop.close()
 
 
 def serve(

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Protocol
 
+from app.core.errors import ServiceError
 from app.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ SENDING = {
 }
 
 
-class BadQueues(ValueError):
+class BadQueues(ServiceError):
     """HONE_QUEUES is not `model=queue, …`; the message names the part."""
 
 
-class NoCelery(RuntimeError):
+class NoCelery(ServiceError):
     """HONE_REDIS_URL is set and Celery is not installed."""
 
 

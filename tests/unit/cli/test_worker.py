@@ -106,3 +106,9 @@ def test_a_worker_that_could_not_work_is_refused_in_one_line(
     assert done.stderr.startswith("error: ")
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_queue_setting_that_cannot_be_read_stops_the_api_in_one_line(tmp_path: Path) -> None:
+    done = hone("up", "--port", "0", data=tmp_path, HONE_QUEUES="large")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: HONE_QUEUES: 'large' is not model=queue")

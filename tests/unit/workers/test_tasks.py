@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +20,7 @@ from tests.broker import Broker, broker_running, free_port
 from tests.db.rows import Seed
 from workers.process import FD, Child, spawn
 from workers.slot import Slot
+from workers.tasks import SlotThread
 
 START_S = 60.0
 NEVER = 600.0
@@ -176,9 +178,13 @@ class Reading(Slot):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, frozenset({"large"}), owner="here:1", environment={})
         self.started: list[str] = []
+        self.ended: list[str] = []
 
     async def supervise(self, job_id: str) -> None:
+        assert len(self.ended) == len(self.started), "two jobs at once"
         self.started.append(job_id)
+        await asyncio.sleep(0.05)
+        self.ended.append(job_id)
 
 
 async def test_a_slot_takes_only_what_waits_in_its_queues(settings: Settings, seed: Seed) -> None:
@@ -188,6 +194,29 @@ async def test_a_slot_takes_only_what_waits_in_its_queues(settings: Settings, se
     await slot.tick()
     assert slot.started == [big]
     await slot.shut_down()
+
+
+async def test_a_slot_runs_one_job_at_a_time_whether_rung_for_or_found(settings: Settings, seed: Seed) -> None:
+    slot = Reading(settings.model_copy(update={"queues": "*=large"}))
+    rung, found = await seed.job(status="queued"), await seed.job(status="queued")
+    await asyncio.gather(slot.take(rung), slot.take(found), slot.tick())
+    assert {*slot.ended} == {rung, found}
+    await slot.shut_down()
+
+
+async def test_a_slot_that_fails_ends_its_process_in_order(settings: Settings) -> None:
+    class Broken(Reading):
+        async def tick(self) -> None:
+            raise RuntimeError("a bug")
+
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        thread = SlotThread(Broken(settings))
+        await asyncio.to_thread(thread.join)
+        assert told == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def test_a_ring_for_a_new_job_has_its_files_read_first(
