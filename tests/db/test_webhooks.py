@@ -177,6 +177,7 @@ async def test_a_sender_that_fell_silent_is_replaced_and_can_write_nothing(datab
     async with database.begin() as session:
         await session.execute(update(WebhookDelivery).where(WebhookDelivery.seq == first).values(due_at=now() - 1))
     assert await due(database) == [first]
+    assert await claim(database, first, attempts=0) is None  # looked before the attempt that fell silent
     assert await claim(database, first, attempts=1) is not None
     async with database.begin() as session:
         assert not await repository.delivered(session, silent, 200)
