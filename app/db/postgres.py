@@ -6,6 +6,7 @@ Does not cover: choosing the driver and transactions (`app.db.engine`). Imported
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from psycopg.types.string import StrDumper
@@ -39,16 +40,22 @@ def keepable(text: str) -> str:
 
 
 def keepable_json(value: Any) -> str:
-    """JSON of `value`; its `json` type would store the escapes, and then fail every query that looks inside."""
-    text = json.dumps(value)
-    if "\\u0000" in text or "\\ud" in text:
-        text = json.dumps(_cleaned(value))
-    return text
+    """JSON of `value`, with null for NaN and infinities: a metric may be one, and the type `json` refuses them.
+
+    It would store the escapes of the characters above, and then fail every query that looks inside.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_cleaned(value))
+    return json.dumps(_cleaned(value)) if "\\u0000" in text or "\\ud" in text else text
 
 
 def _cleaned(value: Any) -> Any:
     if isinstance(value, str):
         return keepable(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {_cleaned(key): _cleaned(each) for key, each in value.items()}
     return [_cleaned(each) for each in value] if isinstance(value, list | tuple) else value

@@ -120,9 +120,11 @@ async def test_a_reading_transaction_cannot_write(database: Database, seed: Seed
             await session.execute(update(Job).values(step=9))
 
 
-async def test_text_that_postgresql_refuses_is_stored_with_a_mark_and_searched(database: Database, seed: Seed) -> None:
+async def test_what_postgresql_refuses_is_stored_with_a_mark_and_searched(database: Database, seed: Seed) -> None:
     bad = "a\x00b\ud800c"
-    job_id = await seed.job(activity=bad, user_metadata={bad: bad, "team": "\U0001f600"}, live={"x": [bad, 1, None]})
+    job_id = await seed.job(
+        activity=bad, user_metadata={bad: bad, "team": "\U0001f600"}, live={"x": [bad, 1, None, float("nan")]}
+    )
     async with database.begin() as session:
         await events.append(session, project_id=DEFAULT_PROJECT, job_id=job_id, message=bad)
     async with database.read() as session:
@@ -131,7 +133,7 @@ async def test_text_that_postgresql_refuses_is_stored_with_a_mark_and_searched(d
             assert [view.job.id for view in page.items] == [job_id]
         job = page.items[0].job
         assert await session.scalar(select(Event.message)) == "a\ufffdb\ufffdc"
-    assert (job.activity, job.live) == ("a\ufffdb\ufffdc", {"x": ["a\ufffdb\ufffdc", 1, None]})
+    assert (job.activity, job.live) == ("a\ufffdb\ufffdc", {"x": ["a\ufffdb\ufffdc", 1, None, None]})
 
 
 @pytest.mark.parametrize("given", ["", "plain", "naïve \U0001f600 \u4f60", "\\u0000 and \\ud800 spelt out"])
