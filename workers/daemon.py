@@ -68,12 +68,13 @@ def main(program: str, make: Callable[[Settings], Daemon]) -> None:
     parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("--leash-fd", type=int, default=None)
     options = parser.parse_args()
-    hone_logging.configure()
-    asyncio.run(_main(make, options.leash_fd))
+    settings = Settings()
+    hone_logging.configure(settings.log_format)
+    asyncio.run(_main(make, settings, options.leash_fd))
 
 
-async def _main(make: Callable[[Settings], Daemon], leash_fd: int | None) -> None:
-    daemon = make(Settings())
+async def _main(make: Callable[[Settings], Daemon], settings: Settings, leash_fd: int | None) -> None:
+    daemon = make(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stopping.set)

@@ -7,6 +7,7 @@ It renews only while the event loop moves (design §6.3): a supervisor whose loo
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -32,7 +33,8 @@ class Heartbeat:
         self._on_lost = on_lost
         self._stop = threading.Event()
         self._progress = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        inherited = contextvars.copy_context()  # its lines name the job, too
+        self._thread = threading.Thread(target=inherited.run, args=(self._run,), name="heartbeat", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

@@ -47,8 +47,9 @@ async def supervise(settings: Settings, job_id: str, leash_fd: int | None) -> in
         if claim is None:
             log.info("%s is not to be had", job_id)
             return 0
-        log.info("claimed %s, attempt %d", job_id, claim.fence.attempt)
-        return await _run(settings, database, claim, leash_fd)
+        with hone_logging.bound(job_id=job_id, attempt=claim.fence.attempt):
+            log.info("claimed %s, attempt %d", job_id, claim.fence.attempt)
+            return await _run(settings, database, claim, leash_fd)
     finally:
         await database.close()
 
@@ -134,9 +135,10 @@ def main() -> int:
     parser.add_argument("job")
     parser.add_argument("--leash-fd", type=int, default=None)
     options = parser.parse_args()
-    hone_logging.configure()
+    settings = Settings()
+    hone_logging.configure(settings.log_format)
     spare_live_objects()
-    return asyncio.run(supervise(Settings(), options.job, options.leash_fd))
+    return asyncio.run(supervise(settings, options.job, options.leash_fd))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,22 @@ MAX_LOG_BYTES = 50 * 1024**2
 
 @dataclass(frozen=True)
 class Role:
-    """One kind of child: its name in messages and its module."""
+    """One kind of child: its name in messages and logs, its module and what it is told."""
 
     name: str
     module: str
+    arguments: tuple[str, ...] = ()
 
 
 RUNNER = Role("runner", "workers.local")
 KEEPER = Role("keeper", "workers.sampler.keeper")
+JANITOR = Role("janitor", "workers.janitor")
+
+
+def slot(number: int, queue: str, gpus: str | None) -> Role:
+    """A worker for one job at a time on `gpus`, "0,1"; None: on all that are visible."""
+    arguments = ("--queue", queue) if gpus is None else ("--queue", queue, "--gpus", gpus)
+    return Role(f"worker-{number}", "workers.tasks", arguments)
 
 
 class Stop:
@@ -77,7 +85,7 @@ async def _run_once(role: Role, environment: Mapping[str, str], log: Path, stop:
     try:
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", role.module, "--leash-fd", str(read_end),
+                sys.executable, "-m", role.module, *role.arguments, "--leash-fd", str(read_end),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import keys, models
+from app.cli import keys, models, webhooks
 from app.cli.failure import FAILED, INTERRUPTED, CommandFailed
 from app.cli.installation import Data, Json, load_settings
 from app.core.errors import ServiceError
@@ -27,6 +27,7 @@ cli = typer.Typer(
 START, LOOK = "Start", "Look"
 cli.add_typer(keys.commands, name="keys", rich_help_panel="Service")
 cli.add_typer(models.commands, name="models", rich_help_panel="Service")
+cli.add_typer(webhooks.commands, name="webhooks", rich_help_panel="Service")
 
 
 @cli.command("up", rich_help_panel=START)
@@ -36,8 +37,47 @@ def up(
     data: Data = None,
 ) -> None:
     """Start the service and stay: the API, the runner of jobs, the keeper of samplers."""
-    settings = load_settings(data, host=host, port=port)
+    # Its own runner looks for jobs, and nobody would hear the bell.
+    settings = load_settings(data, host=host, port=port).model_copy(update={"redis_url": None})
     from app.cli.up import run
+
+    raise typer.Exit(run(settings))
+
+
+@cli.command("api", rich_help_panel=START)
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: $HONE_HOST, else 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: $HONE_PORT, else 8000.")] = None,
+    data: Data = None,
+) -> None:
+    """Serve the API alone; jobs and samplers run under `hone worker` and `hone sampler`, here or elsewhere."""
+    settings = load_settings(data, host=host, port=port)
+    from app.cli.api import run
+
+    raise typer.Exit(run(settings))
+
+
+@cli.command("worker", rich_help_panel=START)
+def worker(
+    queue: Annotated[str, typer.Option(help="Queues to serve, comma-separated; see HONE_QUEUES.")] = "hone",
+    gpus: Annotated[
+        list[str] | None,
+        typer.Option(metavar="0,1", help="GPUs of one slot; again for more slots. Default: one slot, all GPUs."),
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Run jobs on this host for an API elsewhere: one at a time per set of GPUs, rung over Redis."""
+    settings = load_settings(data)
+    from app.cli.worker import run
+
+    raise typer.Exit(run(settings, queue, gpus or []))
+
+
+@cli.command("sampler", rich_help_panel=START)
+def sampler(data: Data = None) -> None:
+    """Run the samplers of this host: one keeper, which starts what the jobs want."""
+    settings = load_settings(data)
+    from app.cli.sampler import run
 
     raise typer.Exit(run(settings))
 

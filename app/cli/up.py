@@ -51,27 +51,14 @@ class _Server(uvicorn.Server):
 def run(settings: Settings) -> int:
     """Blocks until SIGINT or SIGTERM. The exit code; raises CommandFailed."""
     settings.root.mkdir(parents=True, exist_ok=True)
-    with _only_one(settings), _listen(settings) as listener:
+    with _only_one(settings), listen(settings) as listener:
         prepare_database(settings)
-        hone_logging.configure(logging.WARNING)
+        hone_logging.configure(settings.log_format, logging.WARNING)
         return asyncio.run(_serve(settings, listener))
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> int:
-    try:
-        app = create_app(settings)
-    except VaultError as error:
-        raise CommandFailed(str(error)) from None
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        lifespan="on",
-        ws="none",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN_S,
-    )
-    server = _Server(config)
+    server = _Server(server_config(settings))
     stop = Stop()
 
     def asked() -> None:
@@ -101,7 +88,24 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     return 0 if wanted else FAILED
 
 
-def _listen(settings: Settings) -> socket.socket:
+def server_config(settings: Settings) -> uvicorn.Config:
+    """The application and how it is served. Raises CommandFailed."""
+    try:
+        app = create_app(settings)
+    except VaultError as error:
+        raise CommandFailed(str(error)) from None
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        lifespan="on",
+        ws="none",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+
+
+def listen(settings: Settings) -> socket.socket:
     """The listening socket, bound before anything is started."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

@@ -5,8 +5,10 @@ Does not cover: failures inside a job (rollout states, `jobs.error`), which neve
     ServiceError
     ├── InvalidRequest      400   bad field, wrong state (never 409: the SDK would retry it)
     ├── Unauthenticated     401
+    ├── Forbidden           403   the key's role is too small
     ├── NotFound            404
     ├── PayloadTooLarge     413
+    ├── RateLimited         429   with Retry-After
     └── Unavailable         503   with Retry-After
 """
 
@@ -38,6 +40,12 @@ class Unauthenticated(ServiceError):
     default_code = "invalid_api_key"
 
 
+class Forbidden(ServiceError):
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_permissions"
+
+
 class NotFound(ServiceError):
     status = 404
     type = "invalid_request_error"
@@ -46,6 +54,18 @@ class NotFound(ServiceError):
 class PayloadTooLarge(ServiceError):
     status = 413
     type = "invalid_request_error"
+
+
+class RateLimited(ServiceError):
+    """This key asked too often; the next request is granted after `retry_after_s`."""
+
+    status = 429
+    type = "requests"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(ServiceError):

@@ -44,12 +44,25 @@ class Settings(BaseSettings):
         Path("data"), description="Everything Hone writes: database, files, models, adapters, traces."
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite (WAL) in the data directory.")
-    redis_url: str | None = Field(None, description="Reserved for the Celery doorbell; the embedded runner polls.")
+    redis_url: str | None = Field(
+        None, description="Redis that `hone worker` is rung over; without it, and under `hone up`, workers only look."
+    )
+    queues: str = Field(
+        "", description="Which queue a model's jobs are rung on: model=queue, … with * in model names; others: hone."
+    )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
+    log_format: Literal["text", "json"] = Field("text", description="One line of text, or one JSON object, a log line.")
     secret_key: SecretStr | None = Field(None, description="Key for secrets at rest; default: made in data_dir.")
     egress_allow: str = Field("", description="Private targets user URLs may reach: host:port or CIDR[:port], …")
     max_file_bytes: int = Field(512 * 1024**2, gt=0, description="Largest upload to /v1/files.")
+    models_allowed: str = Field(
+        "", description="Base models that jobs and chats may name, comma-separated; default: all that are installed."
+    )
+    rate_limit_per_minute: int = Field(
+        60_000, ge=0, description="Requests that one API key may send a minute, per API process; 0: no limit."
+    )
+    rate_limit_burst: int = Field(2_000, ge=1, description="Requests that one API key may send at once.")
     organization_id: str = Field("org-hone", description="Shown as organization_id and inside model names.")
 
     runner_slots: int = Field(1, ge=1, description="Jobs that the embedded runner runs at once.")

@@ -9,11 +9,25 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import URL, ColumnElement, CursorResult, Engine, Float, Update, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    CursorResult,
+    Engine,
+    Float,
+    Update,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+)
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -22,6 +36,31 @@ from sqlalchemy.sql.expression import FunctionElement
 from app.db.patient import PatientConnection
 
 BUSY_TIMEOUT_S = 10
+
+
+class UnsupportedDatabase(ValueError):
+    """HONE_DATABASE_URL names neither SQLite nor PostgreSQL, or the driver of the latter is not installed."""
+
+
+def async_url(url: str) -> URL:
+    """`url` with the one driver we use for its kind of database, whatever driver it names.
+
+    Raises UnsupportedDatabase, without the password in the message.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise UnsupportedDatabase(
+            "the database URL cannot be read; it looks like postgresql://user@host/name"
+        ) from None
+    kind = parsed.get_backend_name()
+    if kind == "sqlite":
+        return parsed.set(drivername="sqlite+aiosqlite")
+    if kind not in ("postgresql", "postgres"):
+        raise UnsupportedDatabase(f"{kind!r} is not supported; use sqlite:// or postgresql://")
+    if find_spec("psycopg") is None:
+        raise UnsupportedDatabase("PostgreSQL needs its driver: pip install 'hone-rft[postgres]'")
+    return parsed.set(drivername="postgresql+psycopg")
 
 
 class db_now(FunctionElement[float]):
@@ -49,17 +88,21 @@ def now() -> ColumnElement[float]:
 
 def create_async(url: str) -> AsyncEngine:
     """An async engine; on SQLite every transaction begins IMMEDIATE so that writers queue instead of failing."""
-    parsed = make_url(url)
+    parsed = async_url(url)
     if parsed.get_backend_name() == "sqlite":
         if parsed.database and parsed.database != ":memory:":
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_async_engine(url, async_creator=lambda: _patient(parsed))
+        engine = create_async_engine(parsed, async_creator=lambda: _patient(parsed))
         dialect = engine.sync_engine.dialect
         dialect.has_terminate = False
         dialect.do_terminate = dialect.do_close  # type: ignore[method-assign]  # a second, forced close would not wait
         _prepare_sqlite(engine.sync_engine)
         return engine
-    return create_async_engine(url, pool_pre_ping=True)
+    from app.db import postgres  # late: its driver is an extra
+
+    made = create_async_engine(parsed, **postgres.OPTIONS)
+    postgres.prepare(made.sync_engine)
+    return made
 
 
 def _patient(url: URL) -> PatientConnection:
@@ -73,12 +116,16 @@ def _patient(url: URL) -> PatientConnection:
 
 def create_sync(url: str) -> Engine:
     """A synchronous engine on the same database, for the heartbeat thread and for migrations."""
-    parsed = make_url(url)
+    parsed = async_url(url)
     if parsed.get_backend_name() == "sqlite":
         engine = create_engine(parsed.set(drivername="sqlite"), connect_args={"timeout": BUSY_TIMEOUT_S})
         _prepare_sqlite(engine)
         return engine
-    return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    from app.db import postgres  # late: its driver is an extra
+
+    engine = create_engine(parsed, **postgres.OPTIONS)
+    postgres.prepare(engine)
+    return engine
 
 
 def _prepare_sqlite(engine: Engine) -> None:
@@ -98,6 +145,15 @@ def _prepare_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
+async def alone(session: AsyncSession, what: str) -> None:
+    """Until the end of this transaction no other that calls this with the same `what` goes on.
+
+    For a decision over rows that cannot be locked one by one, such as a sum. SQLite's writers are alone anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(what, 0))))
+
+
 async def rows_changed(session: AsyncSession, statement: Update) -> int:
     """Run an UPDATE whose WHERE decides a race; the count says who won."""
     result = await session.execute(statement.execution_options(synchronize_session=False))
@@ -111,8 +167,11 @@ class Database:
         self.url = url
         self.engine = create_async(url)
         self._write = async_sessionmaker(self.engine, expire_on_commit=False)
+        reading: dict[str, Any] = {"hone_read_only": True}
+        if self.engine.dialect.name == "postgresql":  # one moment for all statements, as SQLite's readers see it
+            reading |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._read = async_sessionmaker(
-            self.engine.execution_options(hone_read_only=True), expire_on_commit=False, autoflush=False
+            self.engine.execution_options(**reading), expire_on_commit=False, autoflush=False
         )
 
     @asynccontextmanager
@@ -123,7 +182,7 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
-        """A reading transaction: never blocks a writer, never commits."""
+        """A reading transaction: all its queries see one moment; never blocks a writer, never commits."""
         async with self._read() as session:
             yield session
 

@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from app.core.roles import Role
 from app.core.states import JobStatus, RolloutState
 
 DEFAULT_PROJECT = "proj_default"
@@ -47,7 +48,7 @@ class Base(DeclarativeBase):
     }
 
 
-def _one_of(column: str, values: type[JobStatus] | type[RolloutState]) -> str:
+def _one_of(column: str, values: type[JobStatus] | type[RolloutState] | type[Role]) -> str:
     return f"{column} IN ({', '.join(repr(str(v.value)) for v in values)})"
 
 
@@ -55,10 +56,12 @@ class ApiKey(Base):
     """A key as stored: HMAC-SHA256 of it with the server's secret; the key itself is shown once, at creation."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (CheckConstraint(_one_of("role", Role), name="role"),)
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
-    digest: Mapped[str] = mapped_column(unique=True)
+    role: Mapped[str]
+    digest: Mapped[str] = mapped_column(unique=True)  # begins with the id of the secret it was made with
     hint: Mapped[str]
     created_at: Mapped[float]
     revoked_at: Mapped[float | None]
@@ -88,6 +91,7 @@ class Job(Base):
         CheckConstraint(_one_of("status", JobStatus), name="status"),
         CheckConstraint("status = 'running' OR lease_owner IS NULL OR status = 'validating_files'", name="lease"),
         CheckConstraint("attempt >= 0 AND step >= 0 AND crashes >= 0", name="counters"),
+        CheckConstraint("reserved_slots = 0 OR status = 'running'", name="slots"),
         Index("ix_jobs_status_created", "status", "created_at"),
         Index("ix_jobs_project_created", "project_id", "created_at"),
     )
@@ -184,6 +188,7 @@ class Rollout(Base):
         CheckConstraint(_one_of("state", RolloutState), name="state"),
         CheckConstraint("split IN ('train', 'valid')", name="split"),
         CheckConstraint("state = 'started' OR finished_at IS NOT NULL", name="finished"),
+        CheckConstraint("turns >= 0 AND tool_calls >= 0 AND completion_tokens >= 0", name="counters"),
         Index("ix_rollouts_job_step", "job_id", "step"),
         Index("ix_rollouts_job_state", "job_id", "state"),
         Index("ix_rollouts_job_seq", "job_id", "seq"),
@@ -294,3 +299,45 @@ class Process(Base):
     pid: Mapped[int]
     started_at: Mapped[float]
     heartbeat: Mapped[float]
+
+
+class WebhookEndpoint(Base):
+    """Where a project hears about its jobs. Secrets are sealed by app.security.vault with the row's id."""
+
+    __tablename__ = "webhook_endpoints"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(index=True)
+    url: Mapped[str] = mapped_column(Text)
+    events: Mapped[list[Any]]  # the types it wants
+    secret: Mapped[str] = mapped_column(Text)
+    old_secret: Mapped[str | None] = mapped_column(Text)  # signs as well until `old_secret_until`
+    old_secret_until: Mapped[float | None]
+    created_at: Mapped[float]
+    disabled_at: Mapped[float | None]
+    disabled_reason: Mapped[str | None] = mapped_column(Text)
+
+
+class WebhookDelivery(Base):
+    """The outbox: one event for one endpoint, written in the transaction that changed the job's status."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('pending', 'delivered', 'given_up')", name="state"),
+        CheckConstraint("state = 'pending' OR finished_at IS NOT NULL", name="finished"),
+        UniqueConstraint("endpoint_id", "event_id"),
+        Index("ix_webhook_deliveries_state_due", "state", "due_at"),
+        Index("ix_webhook_deliveries_endpoint_job", "endpoint_id", "job_id", "seq"),
+    )
+    seq: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
+    event_id: Mapped[str]  # the `webhook-id` of every attempt, so that a receiver can drop doubles
+    project_id: Mapped[str]
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    type: Mapped[str]
+    created_at: Mapped[float]
+    state: Mapped[str]
+    attempts: Mapped[int] = mapped_column(default=0)  # the fencing token of an attempt
+    due_at: Mapped[float]  # not before; a claim moves it on, so that a sender that died holds nothing up for long
+    finished_at: Mapped[float | None]
+    response_status: Mapped[int | None]
+    last_error: Mapped[str | None] = mapped_column(Text)

@@ -6,9 +6,8 @@ Does not cover: other routes. The SDK sends a POST up to three times, and adds n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
-from sqlalchemy import CursorResult, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -70,7 +69,7 @@ async def remember(session: AsyncSession, attempt: Attempt, resource_id: str) ->
         delete(IdempotencyKey).where(IdempotencyKey.route == ROUTE, IdempotencyKey.created_at <= now() - KEPT_S)
     )
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    made = await session.execute(
+    made = await session.scalar(
         insert(IdempotencyKey)
         .values(
             project_id=attempt.project_id,
@@ -81,8 +80,9 @@ async def remember(session: AsyncSession, attempt: Attempt, resource_id: str) ->
             created_at=now(),
         )
         .on_conflict_do_nothing(index_elements=["project_id", "route", "key"])
+        .returning(IdempotencyKey.id)
     )
-    return cast(CursorResult[Any], made).rowcount == 1
+    return made is not None
 
 
 def _given(key: str) -> str:

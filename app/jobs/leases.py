@@ -17,9 +17,10 @@ from sqlalchemy import Engine, and_, case, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.states import JobStatus, RolloutState
-from app.db.engine import now, rows_changed
+from app.db.engine import alone, now, rows_changed
 from app.db.tables import Job, Rollout, Snapshot
 from app.jobs import events, state
+from app.webhooks import outbox
 
 
 class LeaseLost(Exception):
@@ -36,6 +37,14 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """A queued job, and what decides which workers it is for."""
+
+    id: str
+    model: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """A won claim: the job as it stood, the fence, and the snapshot to resume from (None = from the start)."""
 
@@ -44,10 +53,10 @@ class Claim:
     snapshot: Snapshot | None
 
 
-async def queued(session: AsyncSession, limit: int = 20) -> Sequence[str]:
-    """Ids of jobs that wait for a worker, oldest first."""
-    query = select(Job.id).where(Job.status == JobStatus.QUEUED).order_by(Job.created_at).limit(limit)
-    return (await session.scalars(query)).all()
+async def waiting(session: AsyncSession, limit: int = 1000) -> Sequence[Waiting]:
+    """Jobs that wait for a worker, oldest first."""
+    query = select(Job.id, Job.model).where(Job.status == JobStatus.QUEUED).order_by(Job.created_at).limit(limit)
+    return [Waiting(job_id, model) for job_id, model in await session.execute(query)]
 
 
 async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: float, adapter_slots: int) -> Claim | None:
@@ -62,6 +71,7 @@ async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: floa
     )
     if job is None:
         return None
+    await alone(session, f"adapter slots of {job.model}")
     wanted = int((job.plan or {}).get("max_staleness", 0)) + 2
     held = await session.scalar(
         select(func.coalesce(func.sum(Job.reserved_slots), 0)).where(
@@ -241,6 +251,7 @@ async def pause(
         message=f"Fine-tuning job paused after step {step}: {reason}",
         data={"step": step, **(data or {})},
     )
+    await outbox.enqueue(session, fence.job_id, JobStatus.PAUSED)
 
 
 async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **values: Any) -> None:
@@ -259,6 +270,7 @@ async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **value
         **values,
     )
     await close_open_rollouts(session, fence.job_id)
+    await outbox.enqueue(session, fence.job_id, status)
 
 
 async def close_open_rollouts(session: AsyncSession, job_id: str) -> None:
@@ -323,4 +335,6 @@ async def finish_validation(
             finished_at=None if error is None else now(),
         ),
     )
+    if result == 1:
+        await outbox.enqueue(session, job_id, target)
     return result == 1

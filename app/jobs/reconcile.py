@@ -1,6 +1,6 @@
 """One pass over what the dead left behind: expired leases back to the queue, within a crash budget.
 
-Does not cover: ringing workers and webhooks, which the production set-up adds to the same loop.
+Does not cover: ringing workers, which the production set-up adds to the same loop; sending webhooks (`app.webhooks`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from app.core.states import JobStatus
 from app.db.engine import now, rows_changed
 from app.db.tables import Job
 from app.jobs import events, leases, state
+from app.webhooks import outbox
 
 
 async def take_back_expired(session: AsyncSession, max_crashes: int) -> list[str]:
@@ -57,6 +58,7 @@ async def take_back_expired(session: AsyncSession, max_crashes: int) -> list[str
             await events.append(
                 session, project_id=job.project_id, job_id=job.id, level="error", message=str(error["message"])
             )
+            await outbox.enqueue(session, job.id, target)
         else:
             again.append(job.id)
             await events.append(

@@ -16,7 +16,7 @@ from app.jobs.openapi import CREATE_BODY
 from app.jobs.parse import parse_create, parse_json
 from app.jobs.view import event_object, job_object
 from app.jobs.wire import EventList, FineTuningJob, JobList
-from app.web.deps import CallerDep, CatalogueDep, DatabaseDep, PageQuery, SettingsDep, VaultDep, page
+from app.web.deps import CallerDep, CatalogueDep, DatabaseDep, DoorbellDep, PageQuery, SettingsDep, VaultDep, page
 
 router = APIRouter(prefix="/fine_tuning/jobs")
 
@@ -29,6 +29,7 @@ async def create_job(
     settings: SettingsDep,
     catalogue: CatalogueDep,
     vault: VaultDep,
+    doorbell: DoorbellDep,
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> FineTuningJob:
@@ -41,6 +42,7 @@ async def create_job(
     async with database.begin() as session:
         job = await service.create(session, made, attempt)
         found = await service.view(session, caller.project_id, job.id)
+    doorbell.ring(found.job.id, found.job.model)
     return job_object(found.job, found.counts, organization_id=settings.organization_id, at=found.at)
 
 
@@ -95,11 +97,14 @@ async def pause_job(job_id: str, caller: CallerDep, database: DatabaseDep, setti
 
 
 @router.post("/{job_id}/resume")
-async def resume_job(job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep) -> FineTuningJob:
+async def resume_job(
+    job_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep, doorbell: DoorbellDep
+) -> FineTuningJob:
     """Queue a paused job again."""
     async with database.begin() as session:
         await service.resume(session, caller.project_id, job_id)
         found = await service.view(session, caller.project_id, job_id)
+    doorbell.ring(job_id, found.job.model)
     return job_object(found.job, found.counts, organization_id=settings.organization_id, at=found.at)
 
 

@@ -26,6 +26,7 @@ from app.jobs.parse import JobSpec
 from app.jobs.plan import DEFAULT_MAX_STALENESS
 from app.jobs.schemas import MAX_SEED
 from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
+from app.webhooks import outbox
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ async def cancel(session: AsyncSession, project_id: str, job_id: str) -> None:
         raise InvalidRequest(f'Cannot cancel a job {job_id} that already has status "{job.status}".')
     await leases.close_open_rollouts(session, job_id)
     await events.append(session, project_id=project_id, job_id=job_id, message="Fine-tuning job cancelled")
+    await outbox.enqueue(session, job_id, JobStatus.CANCELLED)
     await session.refresh(job)
 
 
@@ -217,6 +219,7 @@ async def pause(session: AsyncSession, project_id: str, job_id: str) -> None:
         message=f"Fine-tuning job paused{where} by a client",
         data={"step": job.step},
     )
+    await outbox.enqueue(session, job_id, JobStatus.PAUSED)
 
 
 async def resume(session: AsyncSession, project_id: str, job_id: str) -> None:

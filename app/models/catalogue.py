@@ -32,6 +32,15 @@ class UnknownModel(ModelError):
         super().__init__(f"unknown base model {model_id!r}; here: {there}. Install one with `hone models pull NAME`.")
 
 
+class ModelNotAllowed(UnknownModel):
+    """Here or not, this installation does not offer it."""
+
+    def __init__(self, model_id: str, available: tuple[str, ...]) -> None:
+        super().__init__(model_id, available)
+        there = ", ".join(available) if available else "none of the allowed ones is installed"
+        self.args = (f"the base model {model_id!r} is not offered by this server (HONE_MODELS_ALLOWED); here: {there}",)
+
+
 class BrokenModel(ModelError):
     """A model directory whose description cannot be read or whose files are missing."""
 
@@ -60,8 +69,10 @@ class BaseModel:
 class Catalogue:
     """Reads the model directories on every call: they are few, and `hone models pull` may add one at any time."""
 
-    def __init__(self, models_dir: Path) -> None:
+    def __init__(self, models_dir: Path, allowed: frozenset[str] | None = None) -> None:
+        """allowed: the only ids that exist for whoever asks here; None: all that are installed."""
         self.models_dir = models_dir
+        self.allowed = allowed
 
     def list(self) -> list[BaseModel]:
         """All models, by id. A broken one is left out here; `get` says what is wrong with it."""
@@ -71,6 +82,8 @@ class Catalogue:
         for directory in sorted(self.models_dir.iterdir()):
             if not (directory / CARD).is_file() or ID_PATTERN.fullmatch(directory.name) is None:
                 continue
+            if self.allowed is not None and directory.name not in self.allowed:
+                continue
             try:
                 found.append(read_card(directory))
             except BrokenModel:
@@ -79,6 +92,8 @@ class Catalogue:
 
     def get(self, model_id: str) -> BaseModel:
         """Raises UnknownModel, or BrokenModel when the directory is there but cannot be used."""
+        if self.allowed is not None and model_id not in self.allowed:
+            raise ModelNotAllowed(model_id, tuple(model.id for model in self.list()))
         if ID_PATTERN.fullmatch(model_id) is None or not (self.models_dir / model_id / CARD).is_file():
             raise UnknownModel(model_id, tuple(model.id for model in self.list()))
         return read_card(self.models_dir / model_id)
@@ -86,6 +101,11 @@ class Catalogue:
     def check(self, model_id: str) -> Mapping[str, Any]:
         """The result of the append-only check made at registration (`app.rendering.check`)."""
         return read_check(self.get(model_id).path)
+
+
+def allowed_models(setting: str) -> frozenset[str] | None:
+    """`HONE_MODELS_ALLOWED` read: ids, comma-separated; None when nothing is listed."""
+    return frozenset(name.strip() for name in setting.split(",") if name.strip()) or None
 
 
 def read_card(directory: Path) -> BaseModel:

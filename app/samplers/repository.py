@@ -5,10 +5,11 @@ Does not cover: what to load or evict (`app.samplers.service`), nor starting sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.states import JobStatus
@@ -17,6 +18,11 @@ from app.db.tables import DEFAULT_PROJECT, AdapterPin, Job, Sampler, SamplerAdap
 from app.samplers.errors import SamplerGone
 
 LIVE_WITHIN_S = 15.0  # a sampler whose keeper has not beaten for this long is not used
+
+
+def _upsert(session: AsyncSession) -> Callable[..., Any]:
+    """`INSERT … ON CONFLICT` of the dialect: of two processes that are first at once, neither fails."""
+    return sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
 
 
 async def live(session: AsyncSession, base_model: str) -> Sequence[Sampler]:
@@ -47,13 +53,8 @@ async def remove(session: AsyncSession, *, sampler_id: str | None = None, host: 
 async def want(session: AsyncSession, base_model: str, seconds: float) -> None:
     """Ask the keeper to have a sampler for `base_model` at least until then; forgets an earlier start failure."""
     until = now() + seconds
-    changed = await session.get(SamplerWant, base_model)
-    if changed is None:
-        await session.execute(
-            insert(SamplerWant).values(base_model=base_model, project_id=DEFAULT_PROJECT, wanted_until=until)
-        )
-        return
-    await session.execute(update(SamplerWant).where(SamplerWant.base_model == base_model).values(wanted_until=until))
+    made = _upsert(session)(SamplerWant).values(base_model=base_model, project_id=DEFAULT_PROJECT, wanted_until=until)
+    await session.execute(made.on_conflict_do_update(index_elements=["base_model"], set_={"wanted_until": until}))
 
 
 async def wants(session: AsyncSession) -> Sequence[str]:
@@ -73,28 +74,23 @@ async def loaded(session: AsyncSession, sampler_id: str, name: str) -> SamplerAd
     return await session.get(SamplerAdapter, (sampler_id, name))
 
 
-async def _require(session: AsyncSession, sampler_id: str) -> None:
-    """A keeper may take a sampler away at any time; raises `SamplerGone` instead of breaking a foreign key."""
-    if await session.scalar(select(Sampler.id).where(Sampler.id == sampler_id)) is None:
+async def own(session: AsyncSession, sampler_id: str) -> None:
+    """Until the end of the transaction nobody else changes what this sampler holds, nor takes the sampler away.
+
+    A keeper may have done so already; raises `SamplerGone` instead of breaking a foreign key.
+    """
+    held = select(Sampler.id).where(Sampler.id == sampler_id).with_for_update(key_share=True)
+    if await session.scalar(held) is None:
         raise SamplerGone(sampler_id)
 
 
 async def add_adapter(session: AsyncSession, sampler_id: str, name: str, path: str) -> None:
     """Note a loaded adapter; once more is fine. Raises `SamplerGone`."""
-    await _require(session, sampler_id)
-    if await session.get(SamplerAdapter, (sampler_id, name)) is None:
-        session.add(
-            SamplerAdapter(
-                sampler_id=sampler_id, name=name, path=path, project_id=DEFAULT_PROJECT, loaded_at=0.0, last_used=0.0
-            )
-        )
-        await session.flush()
-        await session.execute(
-            update(SamplerAdapter)
-            .where(SamplerAdapter.sampler_id == sampler_id, SamplerAdapter.name == name)
-            .values(loaded_at=now(), last_used=now())
-            .execution_options(synchronize_session=False)
-        )
+    await own(session, sampler_id)
+    made = _upsert(session)(SamplerAdapter).values(
+        sampler_id=sampler_id, name=name, path=path, project_id=DEFAULT_PROJECT, loaded_at=now(), last_used=now()
+    )
+    await session.execute(made.on_conflict_do_nothing())
 
 
 async def drop_adapter(session: AsyncSession, sampler_id: str, name: str) -> None:
@@ -106,20 +102,14 @@ async def drop_adapter(session: AsyncSession, sampler_id: str, name: str) -> Non
 
 async def pin(session: AsyncSession, sampler_id: str, name: str, holder: str, seconds: float) -> None:
     """Hold an adapter for `seconds`; again by the same holder extends the pin. Marks it used. Raises `SamplerGone`."""
-    await _require(session, sampler_id)
-    values: dict[str, Any] = {"pinned_until": now() + seconds}
-    if await session.get(AdapterPin, (sampler_id, name, holder)) is None:
-        await session.execute(
-            insert(AdapterPin).values(
-                sampler_id=sampler_id, name=name, holder=holder, project_id=DEFAULT_PROJECT, **values
-            )
-        )
-    else:
-        await session.execute(
-            update(AdapterPin)
-            .where(AdapterPin.sampler_id == sampler_id, AdapterPin.name == name, AdapterPin.holder == holder)
-            .values(**values)
-        )
+    await own(session, sampler_id)
+    until = now() + seconds
+    made = _upsert(session)(AdapterPin).values(
+        sampler_id=sampler_id, name=name, holder=holder, project_id=DEFAULT_PROJECT, pinned_until=until
+    )
+    await session.execute(
+        made.on_conflict_do_update(index_elements=["sampler_id", "name", "holder"], set_={"pinned_until": until})
+    )
     await session.execute(
         update(SamplerAdapter)
         .where(SamplerAdapter.sampler_id == sampler_id, SamplerAdapter.name == name)

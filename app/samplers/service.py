@@ -246,6 +246,7 @@ class Samplers:
 
     async def _load_and_pin(self, sampler: LiveSampler, adapter: Adapter, holder: str) -> None:
         async with self._database.begin() as session:
+            await repository.own(session, sampler.id)
             row = await repository.loaded(session, sampler.id, adapter.name)
             if row is not None:
                 await repository.pin(session, sampler.id, adapter.name, holder, PIN_S)
@@ -260,9 +261,10 @@ class Samplers:
     async def make_room(self, sampler: LiveSampler, name: str, *, keep_free: int = 0) -> None:
         """Let `name` fit beside `keep_free` empty slots: idle adapters go, least recently used first.
 
-        Raises `NoSampler` when those that are in use leave no room.
+        Raises `NoSampler` when those that are in use leave no room, `SamplerGone`.
         """
         async with self._database.begin() as session:
+            await repository.own(session, sampler.id)
             if await repository.loaded(session, sampler.id, name) is not None:
                 return
             room = sampler.max_loras - await repository.adapter_count(session, sampler.id) - keep_free

@@ -1,6 +1,6 @@
 """API keys: made once, shown once, stored as HMAC-SHA256 with a secret that never enters the database.
 
-Does not cover: scopes (a key acts for its whole project), nor the secret headers of tools (`app.security.vault`).
+Does not cover: what a role allows (`app.web.deps`), nor the secret headers of tools (`app.security.vault`).
 A slow hash is for passwords; against 256 random bits it only costs every request its time (control plane §4.3).
 """
 
@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import NotFound
 from app.core.ids import new_id
+from app.core.roles import Role
 from app.core.settings import Settings
 from app.db.engine import now
 from app.db.tables import DEFAULT_PROJECT, ApiKey
@@ -31,10 +32,15 @@ _CHECK_CHARS = 6
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: the project that everything is scoped to, and the key for the log."""
+    """Who asks: the project that everything is scoped to, the key for the log, and what it may do.
+
+    stale: the key is stored under a secret that was rotated out of first place; `KeyRing.renew` mends that.
+    """
 
     project_id: str
     key_id: str
+    role: Role
+    stale: bool = False
 
 
 def new_key() -> str:
@@ -55,9 +61,9 @@ def _checksum(body: str) -> str:
 def load_peppers(settings: Settings) -> list[bytes]:
     """The server secrets of the HMAC: one derived from each part of `HONE_SECRET_KEY`, else a file made once (0600).
 
-    The first digests new keys; keys digested with a later one still work, so that the setting can be rotated.
+    The first digests new keys; keys digested with a later one still work, and move to the first when they are used.
     """
-    if settings.secret_key is not None:
+    if settings.secret_key is not None and settings.secret_key.get_secret_value().strip(", "):  # else: not set
         parts = [part.strip() for part in settings.secret_key.get_secret_value().split(",")]
         return [hmac.digest(part.encode(), b"hone api keys", "sha256") for part in parts if part]
     path = settings.root / SECRET_FILE
@@ -88,13 +94,23 @@ class KeyRing:
     """Creates, finds and revokes keys; knows the peppers, so it lives as long as the process."""
 
     def __init__(self, peppers: Sequence[bytes]) -> None:
-        self._peppers = tuple(peppers)
+        self._peppers = {hashlib.sha256(b"hone pepper id" + pepper).hexdigest()[:8]: pepper for pepper in peppers}
+        self._current = next(iter(self._peppers))
 
     def digests(self, key: str) -> list[str]:
-        """What a key may be stored as; the first is what a new key is stored as."""
-        return [hmac.new(pepper, key.encode(), hashlib.sha256).hexdigest() for pepper in self._peppers]
+        """What a key may be stored as, `<id of the secret>.<HMAC>`; the first is what a new key is stored as."""
+        return [
+            f"{name}.{hmac.new(pepper, key.encode(), hashlib.sha256).hexdigest()}"
+            for name, pepper in self._peppers.items()
+        ]
 
-    async def create(self, session: AsyncSession, name: str, project_id: str = DEFAULT_PROJECT) -> str:
+    def is_current(self, digest: str) -> bool:
+        """False for a key that stops working when the older secrets are taken away."""
+        return digest.startswith(f"{self._current}.")
+
+    async def create(
+        self, session: AsyncSession, name: str, project_id: str = DEFAULT_PROJECT, role: Role = Role.RUN
+    ) -> str:
         """Returns the key itself, for the only time."""
         key = new_key()
         session.add(
@@ -102,6 +118,7 @@ class KeyRing:
                 id=new_id("key_"),
                 project_id=project_id,
                 name=name,
+                role=role,
                 digest=self.digests(key)[0],
                 hint=f"{PREFIX}…{key[-4:]}",
                 created_at=await session.scalar(select(now())),
@@ -116,16 +133,28 @@ class KeyRing:
             return None
         row = (
             await session.execute(
-                select(ApiKey.project_id, ApiKey.id).where(
+                select(ApiKey.project_id, ApiKey.id, ApiKey.role, ApiKey.digest).where(
                     ApiKey.digest.in_(self.digests(key)), ApiKey.revoked_at.is_(None)
                 )
             )
         ).one_or_none()
-        return None if row is None else Caller(project_id=row[0], key_id=row[1])
+        if row is None:
+            return None
+        return Caller(row.project_id, row.id, Role(row.role), stale=not self.is_current(row.digest))
+
+    async def renew(self, session: AsyncSession, key_id: str, key: str) -> None:
+        """Store a key that was just used under the first secret, so that the older ones can go."""
+        await session.execute(update(ApiKey).where(ApiKey.id == key_id).values(digest=self.digests(key)[0]))
 
     async def list(self, session: AsyncSession) -> Sequence[ApiKey]:
         """All keys, oldest first, revoked ones too."""
         return (await session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id))).all()
+
+    async def stale(self, session: AsyncSession) -> Sequence[str]:
+        """The ids of live keys that need an older secret until they are used."""
+        return [
+            key.id for key in await self.list(session) if key.revoked_at is None and not self.is_current(key.digest)
+        ]
 
     async def revoke(self, session: AsyncSession, key_id: str) -> None:
         """From the next request on the key is refused. Raises NotFound; revoking twice is fine."""

@@ -41,14 +41,19 @@ class Vault:
         if any(len(secret) < MIN_SECRET_CHARS for secret in secret_keys):
             raise VaultError(f"{SETTING} must have at least {MIN_SECRET_CHARS} characters, best random ones")
         keys = [_derive(secret) for secret in secret_keys]
-        self._ciphers = {_key_id(key): AESGCM(key) for key in keys}
-        self._current = _key_id(keys[0])
+        self._ring = _key_id(keys[0]), {_key_id(key): AESGCM(key) for key in keys}  # one value: threads see old or new
+
+    @property
+    def keys(self) -> int:
+        """How many keys open; more than one while a rotation is under way."""
+        return len(self._ring[1])
 
     def seal(self, plaintext: str, context: str) -> str:
         """An ASCII token for `plaintext` that opens only with the same `context` (the id of its row)."""
+        current, ciphers = self._ring
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = self._ciphers[self._current].encrypt(nonce, plaintext.encode(), context.encode())
-        return f"{_VERSION}.{self._current}.{base64.urlsafe_b64encode(nonce + sealed).decode()}"
+        sealed = ciphers[current].encrypt(nonce, plaintext.encode(), context.encode())
+        return f"{_VERSION}.{current}.{base64.urlsafe_b64encode(nonce + sealed).decode()}"
 
     def open(self, token: str, context: str) -> str:
         """The plain text. Raises VaultError for a foreign key, another context, or a changed token."""
@@ -56,7 +61,7 @@ class Vault:
         key_id, _, body = rest.partition(".")
         if version != _VERSION or not body:
             raise VaultError("not a sealed value")
-        cipher = self._ciphers.get(key_id)
+        cipher = self._ring[1].get(key_id)
         if cipher is None:
             raise VaultError(f"sealed with the key {key_id!r}, which is not in {SETTING} or the key file")
         try:
@@ -67,7 +72,43 @@ class Vault:
 
     def is_current(self, token: str) -> bool:
         """False when `token` should be sealed again because its key was rotated out of first place."""
-        return token.startswith(f"{_VERSION}.{self._current}.")
+        return token.startswith(f"{_VERSION}.{self._ring[0]}.")
+
+
+class FileVault(Vault):
+    """Keys from a file, which is read again when a rotation replaced it: a process may live longer than its keys."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._state()
+        super().__init__(path.read_text(encoding="ascii").split())
+
+    def seal(self, plaintext: str, context: str) -> str:
+        self._follow()
+        return super().seal(plaintext, context)
+
+    def open(self, token: str, context: str) -> str:
+        self._follow()
+        return super().open(token, context)
+
+    def is_current(self, token: str) -> bool:
+        self._follow()
+        return super().is_current(token)
+
+    def _follow(self) -> None:
+        state = self._state()
+        if state != self._seen:
+            super().__init__(self._path.read_text(encoding="ascii").split())
+            self._seen = state  # at worst older than what was read: then the next call reads once more
+
+    def _state(self) -> tuple[int, int, int]:
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise VaultError(f"{self._path} cannot be read: {error.strerror}") from None
+        if found.st_mode & 0o077:
+            raise VaultError(f"{self._path} can be read by others; run: chmod 600 {self._path}")
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def load_vault(secret_key: str | None, data_dir: Path) -> Vault:
@@ -81,9 +122,7 @@ def load_vault(secret_key: str | None, data_dir: Path) -> Vault:
     path = data_dir / KEY_FILE
     if not path.exists():
         _create(path)
-    if path.stat().st_mode & 0o077:
-        raise VaultError(f"{path} can be read by others; run: chmod 600 {path}")
-    return Vault(path.read_text(encoding="ascii").split())
+    return FileVault(path)
 
 
 def redact_headers(headers: Mapping[str, str]) -> dict[str, str]:

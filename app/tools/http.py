@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.core import tracing
 from app.net.clients import CONNECT_TIMEOUT_S, HttpClient, InvalidURL, TimeoutException, TransportError
 from app.net.endpoint import hide_secrets, quote, show_url
 from app.net.exchange import MAX_BODY_BYTES, Answer, Retry, Unanswered, Watch, post_json
@@ -148,6 +149,7 @@ def request_headers(own: Mapping[str, str], context: CallContext, idempotency_ke
         "Idempotency-Key": idempotency_key,
         **context.headers(),
     }
+    tracing.inject(ours)
     taken = {name.lower() for name in ours}
     return {**{name: value for name, value in own.items() if name.lower() not in taken}, **ours}
 

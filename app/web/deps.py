@@ -11,16 +11,20 @@ from typing import Annotated, Any
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.core.errors import Unauthenticated
+from app.core.errors import Forbidden, RateLimited, Unauthenticated
+from app.core.roles import Role
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.files.storage import Storage
+from app.jobs.doorbell import Doorbell
 from app.models.catalogue import Catalogue
 from app.samplers.service import Samplers
 from app.security.api_keys import PREFIX, Caller, KeyRing
+from app.security.rates import RateLimits, duration
 from app.security.vault import Vault
 
 MAX_PAGE = 1000
+READING = frozenset({"GET", "HEAD"})
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,10 @@ class Services:
     storage: Storage
     catalogue: Catalogue
     keys: KeyRing
+    rates: RateLimits | None  # None: no limit
     vault: Vault
     samplers: Samplers
+    doorbell: Doorbell
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,14 @@ def _samplers(request: Request) -> Samplers:
     return services(request).samplers
 
 
+def _doorbell(request: Request) -> Doorbell:
+    return services(request).doorbell
+
+
 async def caller(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    """Who sent this request; raises Unauthenticated. The key appears in no message and no log line."""
+    """Who sent this request; raises Unauthenticated or RateLimited. The key appears in no message and no log line."""
     if credentials is None or not credentials.credentials:
         raise Unauthenticated(
             "You didn't provide an API key. Send it as 'Authorization: Bearer YOUR_KEY'; "
@@ -96,7 +106,34 @@ async def caller(
             "`hone keys create NAME` on the server makes one."
         )
     request.state.key_id = found.key_id
+    _count(request, here.rates, found)
+    if found.stale:
+        async with here.database.begin() as session:
+            await here.keys.renew(session, found.key_id, credentials.credentials)
     return found
+
+
+def _count(request: Request, rates: RateLimits | None, found: Caller) -> None:
+    if rates is None:
+        return
+    allowance = rates.take(found.key_id)
+    request.state.answer_headers = allowance.headers()  # `RequestContext` puts them on every answer, errors too
+    if not allowance.granted:
+        raise RateLimited(
+            f"Rate limit reached for API key {found.key_id}: {allowance.limit} requests at once. "
+            f"Please try again in {duration(allowance.wait_s)}.",
+            retry_after_s=allowance.wait_s,
+        )
+
+
+async def permitted(request: Request, found: Annotated[Caller, Depends(caller)]) -> None:
+    """Whether the key's role covers this request: looking needs `read`, all else `run`. Raises Forbidden."""
+    needed = Role.READ if request.method in READING else Role.RUN
+    if not found.role.covers(needed):
+        raise Forbidden(
+            f"You have insufficient permissions for this operation: it needs the role '{needed}', and this API key "
+            f"({found.key_id}) has '{found.role}'. `hone keys create NAME --role {needed}` on the server makes one."
+        )
 
 
 def page(default: int = 20) -> Any:
@@ -119,4 +156,5 @@ StorageDep = Annotated[Storage, Depends(_storage)]
 CatalogueDep = Annotated[Catalogue, Depends(_catalogue)]
 VaultDep = Annotated[Vault, Depends(_vault)]
 SamplersDep = Annotated[Samplers, Depends(_samplers)]
+DoorbellDep = Annotated[Doorbell, Depends(_doorbell)]
 PageDep = Annotated[PageQuery, page()]

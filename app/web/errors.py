@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
-from app.core.errors import InvalidRequest, ServiceError, Unavailable
+from app.core.errors import InvalidRequest, RateLimited, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ def response(error: ServiceError) -> JSONResponse:
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["x-should-retry"] = "true"
+    elif isinstance(error, RateLimited):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     elif error.status >= 500:
         headers["x-should-retry"] = "false"  # a typed 5xx that is not Unavailable does not heal by itself
     if error.status == 401:

@@ -37,14 +37,14 @@ async def healthz(database: DatabaseDep) -> JSONResponse:
 
 
 @cache
-def _head(url: str) -> str | None:
+def newest_revision(url: str) -> str | None:
     """The newest revision that this code knows; reading it imports every migration, so once."""
     return ScriptDirectory.from_config(migrate.config(url)).get_current_head()
 
 
 async def problems(database: Database) -> dict[str, str]:
     """What keeps a job from being taken, by name; empty when nothing does."""
-    head = _head(database.url)
+    head = newest_revision(database.url)
     try:
         async with database.read() as session:
             revision = await session.scalar(text("SELECT version_num FROM alembic_version"))

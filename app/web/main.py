@@ -5,6 +5,7 @@ Does not cover: starting it (`hone up`) or the workers it never sees: they meet 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,15 +18,17 @@ from app.db.engine import Database
 from app.files.routes import router as files
 from app.files.storage import Storage
 from app.inference.routes import router as inference
+from app.jobs.doorbell import make_doorbell
 from app.jobs.routes import router as jobs
-from app.models.catalogue import Catalogue
+from app.models.catalogue import Catalogue, allowed_models
 from app.models.routes import router as models
 from app.rollouts.routes import router as rollouts
 from app.samplers.service import Samplers
 from app.security.api_keys import KeyRing, load_peppers
+from app.security.rates import RateLimits
 from app.security.vault import load_vault
-from app.web import errors, health
-from app.web.deps import Services, caller
+from app.web import errors, health, metrics, readiness
+from app.web.deps import Services, permitted
 from app.web.middleware import BodyLimit, RequestContext
 
 
@@ -37,10 +40,14 @@ def build_services(settings: Settings) -> Services:
         settings=settings,
         database=database,
         storage=Storage(settings.files_dir),
-        catalogue=Catalogue(settings.models_dir),
+        catalogue=Catalogue(settings.models_dir, allowed=allowed_models(settings.models_allowed)),
         keys=KeyRing(load_peppers(settings)),
+        rates=RateLimits(settings.rate_limit_per_minute, settings.rate_limit_burst)
+        if settings.rate_limit_per_minute
+        else None,
         vault=load_vault(secret.get_secret_value() if secret else None, settings.root),
         samplers=Samplers(database, settings),
+        doorbell=make_doorbell(settings),
     )
 
 
@@ -52,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.storage.sweep()
         yield
+        await asyncio.to_thread(services.doorbell.close)
         await services.samplers.close()
         await services.database.close()
 
@@ -67,10 +75,14 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url=None,
     )
     made.state.services = services
+    made.state.metrics = metrics.Metrics(services.database)
+    made.state.readiness = readiness.of_service(services.database, services.storage)
     errors.install(made)
     made.add_middleware(BodyLimit)
-    made.add_middleware(RequestContext)  # added last = outermost
-    made.include_router(health.router)
+    made.add_middleware(RequestContext)
+    made.add_middleware(metrics.Measured, metrics=made.state.metrics)  # added last = outermost
+    for probe in (health, readiness, metrics):
+        made.include_router(probe.router)
     made.include_router(_v1())
     return made
 
@@ -82,10 +94,10 @@ def _operation_id(route: APIRoute) -> str:
 
 
 def _v1() -> APIRouter:
-    """Everything under /v1 needs a key here, so that a slice cannot forget to ask for one."""
+    """Everything under /v1 needs a key whose role covers the request; here, so that a slice cannot forget to ask."""
     v1 = APIRouter(
         prefix="/v1",
-        dependencies=[Depends(caller)],
+        dependencies=[Depends(permitted)],
         responses={"4XX": {"model": errors.ErrorResponse}, "5XX": {"model": errors.ErrorResponse}},
     )
     v1.include_router(files, tags=["Files"])

@@ -17,6 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.core.logging import bound
 from app.web.errors import envelope
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,14 @@ class RequestContext:
                 headers["x-request-id"] = request_id
                 headers["openai-version"] = API_VERSION
                 headers["openai-processing-ms"] = str(int((time.monotonic() - began) * 1000))
+                headers.update(scope["state"].get("answer_headers", {}))
                 for name, value in _SECURITY.items():
                     headers.setdefault(name, value)
             await send(message)
 
         try:
-            await self.app(scope, receive, decorated)
+            with bound(request_id=request_id):
+                await self.app(scope, receive, decorated)
         except ClientDisconnect:
             log.info("the client went away", extra={"ctx": {"request_id": request_id, "path": scope["path"]}})
         except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx
 import openai
@@ -11,11 +12,13 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import select
 
+from app.core.roles import Role
 from app.db.engine import Database
 from app.db.tables import ApiKey
-from app.security.api_keys import KeyRing, load_peppers, new_key
-from app.web.main import create_app
-from tests.api.live_server import LiveServer
+from app.security.api_keys import Caller, KeyRing, load_peppers, new_key
+from app.web.main import build_services, create_app
+from app.web.middleware import MAX_BODY_BYTES
+from tests.api.live_server import LiveServer, create_key
 
 
 @pytest.fixture
@@ -74,6 +77,78 @@ async def test_the_key_is_nowhere_in_database_or_log(
     assert secret not in caplog.text
     for path in live_server.settings.root.glob("hone.db*"):
         assert secret.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_key_may_look_with_any_role_and_change_things_with_run(live_server: LiveServer, role: Role) -> None:
+    key = await create_key(live_server.settings, role=role)
+    paths = create_app(live_server.settings).openapi()["paths"]
+    calls = [(method, path) for path, item in paths.items() for method in item]
+    assert {method for method, _ in calls} >= {"get", "post", "delete"}
+    with httpx.Client(base_url=live_server.url, headers={"authorization": f"Bearer {key}"}, timeout=30) as keyed:
+        for method, path in calls:
+            answer = keyed.request(method, path.replace("{", "").replace("}", ""), json={})
+            refused = role is Role.READ and method != "get"
+            assert (answer.status_code == 403) == refused, (method, path)
+            if refused:
+                error = answer.json()["error"]
+                assert (error["code"], error["param"]) == ("insufficient_permissions", None)
+                assert "it needs the role 'run'" in error["message"]
+                assert key not in answer.text
+
+
+async def test_the_official_client_sees_a_role_that_is_too_small(live_server: LiveServer) -> None:
+    key = await create_key(live_server.settings, role=Role.READ)
+    with OpenAI(base_url=live_server.base_url, api_key=key, max_retries=0) as reader:
+        assert reader.files.list().data == []
+        with pytest.raises(openai.PermissionDeniedError, match="needs the role 'run'"):
+            reader.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune")
+
+
+async def test_a_key_moves_to_the_new_secret_by_its_next_use(
+    live_server: LiveServer, client: OpenAI, database: Database
+) -> None:
+    [pepper], other = load_peppers(live_server.settings), b"n" * 32
+    old, rotated, new = KeyRing([pepper]), KeyRing([other, pepper]), KeyRing([other])
+    async with database.begin() as session:
+        found = await rotated.find(session, live_server.api_key)
+        assert found is not None
+        assert found.stale
+        assert await rotated.stale(session) == [found.key_id]
+        assert await new.find(session, live_server.api_key) is None
+        await rotated.renew(session, found.key_id, live_server.api_key)
+    async with database.read() as session:
+        assert await rotated.stale(session) == []
+        assert await new.find(session, live_server.api_key) == Caller("proj_default", found.key_id, Role.RUN)
+        assert await old.find(session, live_server.api_key) is None
+
+
+async def test_a_stale_key_is_renewed_by_a_request(live_server: LiveServer, database: Database) -> None:
+    old = KeyRing([b"o" * 32])
+    peppers = [*load_peppers(live_server.settings), b"o" * 32]
+    async with database.begin() as session:
+        key = await old.create(session, "old")
+    services = replace(build_services(live_server.settings), keys=KeyRing(peppers))
+    app = create_app(live_server.settings)
+    app.state.services = services
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as made:
+        answer = await made.get("/v1/files", headers={"authorization": f"Bearer {key}"})
+    await services.database.close()
+    assert answer.status_code == 200
+    async with database.read() as session:
+        assert await KeyRing(peppers).stale(session) == []
+
+
+def test_a_body_above_the_limit_is_a_413_on_every_route(live_server: LiveServer, http: httpx.Client) -> None:
+    paths = create_app(live_server.settings).openapi()["paths"]
+    calls = [(method, path) for path, item in paths.items() for method in item if method != "get"]
+    assert len(calls) >= 6
+    upload = b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    for method, path in calls:
+        body = upload + b"x" * MAX_BODY_BYTES  # above max_file_bytes of this server too
+        answer = http.request(method, path.replace("{", "").replace("}", ""), content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error"), (method, path)
 
 
 def test_health_needs_no_key(anonymous: httpx.Client) -> None:

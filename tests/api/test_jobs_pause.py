@@ -96,7 +96,7 @@ async def test_a_queued_job_waits_paused_and_starts_as_if_nothing_had_been(
     paused = client.fine_tuning.jobs.pause(job_id)
     assert (paused.status, paused.to_dict()["hone"]["queue_reason"]) == ("paused", None)
     async with database.read() as session:
-        assert list(await leases.queued(session)) == []
+        assert [job.id for job in await leases.waiting(session)] == []
     assert await claim(database, job_id) is None
     client.fine_tuning.jobs.resume(job_id)
     claimed = await claim(database, job_id)

@@ -273,8 +273,8 @@ async def test_the_oldest_jobs_come_first(database: Database, seed: Seed) -> Non
     jobs = [await seed.job(status="queued", created_at=float(at)) for at in (30, 10, 20)]
     await seed.job(status="running", created_at=1.0)
     async with database.read() as session:
-        assert list(await leases.queued(session)) == [jobs[1], jobs[2], jobs[0]]
-        assert list(await leases.queued(session, limit=1)) == [jobs[1]]
+        assert [job.id for job in await leases.waiting(session)] == [jobs[1], jobs[2], jobs[0]]
+        assert [job.id for job in await leases.waiting(session, limit=1)] == [jobs[1]]
 
 
 async def test_an_end_frees_the_slots_and_closes_open_rollouts(database: Database, queued: str, seed: Seed) -> None:
@@ -315,7 +315,9 @@ async def test_after_a_pause_the_worker_can_neither_renew_nor_write(database: Da
     claimed = await won(database, queued)
     async with database.begin() as session:
         await leases.pause(session, claimed.fence, reason="x")
-    assert not leases.renew(create_sync(database.url), claimed.fence, LEASE_S)
+    engine = create_sync(database.url)
+    assert not leases.renew(engine, claimed.fence, LEASE_S)
+    engine.dispose()
     for _ in range(2):
         with pytest.raises(LeaseLost):
             async with database.begin() as session:

@@ -303,12 +303,15 @@ async def test_an_empty_slot_is_taken_before_anything_is_evicted(database: Datab
 async def test_a_sampler_whose_slots_are_all_in_use_is_passed_over(database: Database, samplers: FakeSamplers) -> None:
     await samplers.add("a", slots=1)
     await samplers.add("b", slots=1)
-    found = [await where(samplers, name) for name in ("x", "y")]
-    assert sorted(found) == ["sampler-a", "sampler-b"]
-    with pytest.raises(NoSampler, match="every adapter slot"):
-        await where(samplers, "z")
+    async with (
+        samplers.acquire("tiny", adapter("x"), CHAT) as first,
+        samplers.acquire("tiny", adapter("y"), CHAT) as second,
+    ):
+        assert sorted((first.sampler.id, second.sampler.id)) == ["sampler-a", "sampler-b"]
+        with pytest.raises(NoSampler, match="every adapter slot"):
+            await where(samplers, "z")
     await expire_pins(database, "x")
-    assert await where(samplers, "z") == found[0]  # x is idle and goes
+    assert await where(samplers, "z") == first.sampler.id  # x is idle and goes
 
 
 async def test_a_sampler_that_does_not_answer_the_load_is_passed_over(samplers: FakeSamplers) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from app.core.settings import Settings
-from app.db.engine import Database
+from app.db.engine import Database, create_sync
 from app.db.tables import DEFAULT_PROJECT, Event, Job
 from app.jobs import leases, service
 from app.jobs.plan import Plan
@@ -151,9 +151,10 @@ async def test_a_job_cancelled_while_it_is_read_stays_cancelled(
 
     class CancelsFirst(Catalogue):
         def get(self, model_id: str) -> BaseModel:
-            with sqlite3.connect(settings.root / "hone.db", timeout=10) as connection:
-                connection.execute("UPDATE jobs SET status = 'cancelled', attempt = 1, lease_owner = NULL")
-            connection.close()
+            engine = create_sync(settings.database)
+            with engine.begin() as connection:
+                connection.execute(text("UPDATE jobs SET status = 'cancelled', attempt = 1, lease_owner = NULL"))
+            engine.dispose()
             return MODEL
 
     await validate_job(database, settings, CancelsFirst(tmp_path), job_id, "runner", load=load)

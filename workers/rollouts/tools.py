@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.core import tracing
 from app.tools.http import CallContext, FunctionCall, ToolEndpoint, ToolFailed, call_tool
 from workers.rollouts.setting import Setting
 from workers.rollouts.tool_gate import ToolBusy
@@ -61,11 +62,12 @@ async def _one(
     began = time.monotonic()
     queued_s, timeout_s = 0.0, setting.limits.tool_timeout_s
     try:
-        async with setting.gate.tool(endpoint.name, deadline) as turn:
-            queued_s = time.monotonic() - began
-            outcome = await call_tool(
-                setting.http, endpoint, call, context, timeout_s=timeout_s, deadline=deadline, watch=turn.watch
-            )
+        with tracing.tool(endpoint.name, call.call_id):
+            async with setting.gate.tool(endpoint.name, deadline) as turn:
+                queued_s = time.monotonic() - began
+                outcome = await call_tool(
+                    setting.http, endpoint, call, context, timeout_s=timeout_s, deadline=deadline, watch=turn.watch
+                )
     except ToolBusy as busy:
         queued_s = time.monotonic() - began
         failure = ToolFailed(endpoint.name, endpoint.server_url, 0, str(busy))

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from app.core import tracing
 from app.core.ids import new_id
+from app.core.logging import bound
 from app.core.states import RolloutState
 from app.graders.base import Grade, GraderFailed, InvalidScore
 from app.graders.sample import sample_of_messages
@@ -44,6 +46,16 @@ async def run_rollout(setting: Setting, key: RolloutKey, row: Row, trajectory: T
     """The whole life of one rollout, bounded by `rollout_timeout_s`. Raises only our own bugs and cancellation."""
     deadline = time.monotonic() + setting.limits.rollout_timeout_s
     context = CallContext(trace_id=key.id, item=row.item, job_id=setting.job_id, step=key.step, split=key.split)
+    with bound(trace_id=key.id), tracing.rollout(key.id, job_id=context.job_id, step=key.step, split=key.split) as span:
+        ended = await _ended(setting, key, row, trajectory, context, deadline)
+        if ended.state is not None:
+            span.set_attribute("error.type", ended.state)
+        return ended
+
+
+async def _ended(
+    setting: Setting, key: RolloutKey, row: Row, trajectory: Trajectory, context: CallContext, deadline: float
+) -> Ended:
     try:
         await _episode(setting, key, row, trajectory, context, deadline)
         trajectory.tree.verify()
@@ -106,7 +118,10 @@ async def _turn(
         deadline=deadline,
     )
     began = time.monotonic()
-    with _doing(trajectory, f"sampling turn {turn + 1}", "sampling"):
+    with (
+        _doing(trajectory, f"sampling turn {turn + 1}", "sampling"),
+        tracing.turn(key.version, len(request.prompt_ids)),
+    ):
         completion = await setting.policy.turn(request)
     tree.record(
         request.prompt_ids,
@@ -196,7 +211,7 @@ async def _grade(setting: Setting, trajectory: Trajectory, context: CallContext,
     reason = trajectory.stop_reason
     finish = "tool_calls" if reason is StopReason.MAX_STEPS else "length" if trajectory.truncated else "stop"
     sample = sample_of_messages(trajectory.messages, finish_reason=finish)
-    with _doing(trajectory, "waiting for the grader", "grading"):
+    with _doing(trajectory, "waiting for the grader", "grading"), tracing.grade():
         return await setting.grader.grade(sample, context.item, context, deadline=deadline)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from app.cli.up import _listen
+from app.cli.up import listen
 from app.core.settings import Settings
 from tests.unit.cli.test_command import hone
 
@@ -90,7 +90,7 @@ def test_killed_at_once_it_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 def test_answers_do_not_wait_for_a_delayed_acknowledgement(tmp_path: Path) -> None:
-    with _listen(Settings(data_dir=tmp_path, port=0)) as listener:
+    with listen(Settings(data_dir=tmp_path, port=0)) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 

