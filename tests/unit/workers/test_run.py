@@ -318,7 +318,7 @@ async def test_a_lease_that_is_lost_in_the_middle_ends_the_run_and_writes_nothin
 
     async def lose(request: CompletionRequest) -> Completion:
         async with stage.database.begin() as session:
-            await session.execute(update(Job).values(status="cancelled", lease_owner=None))
+            await session.execute(update(Job).values(status="cancelled", lease_owner=None, reserved_slots=0))
             await leases.close_open_rollouts(session, stage.job_id)
         stage.engine.before = original
         return await original(request)

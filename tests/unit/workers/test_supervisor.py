@@ -115,7 +115,7 @@ async def test_a_job_that_was_cancelled_meanwhile_stays_cancelled(
     async def cancelled(error: BaseException) -> None:
         claimed = await claim(database, job_id)
         async with database.begin() as session:
-            await session.execute(update(Job).values(status="cancelled", attempt=9, lease_owner=None))
+            await session.execute(update(Job).values(status="cancelled", attempt=9, lease_owner=None, reserved_slots=0))
         work: Any = asyncio.get_running_loop().create_future()
         work.set_exception(error)
         await supervisor._conclude(settings, database, claimed, work)
