@@ -176,7 +176,8 @@ class ChatService:
             top_k=ask.sampling.top_k,
             min_p=ask.sampling.min_p,
             repetition_penalty=ask.sampling.repetition_penalty,
-            seed=ask.sampling.seed_of(choice),
+            # Best effort, as in OpenAI's API: an engine that a seed would end gets none.
+            seed=ask.sampling.seed_of(choice) if lease.sampler.info.get("seeds", True) else None,
             stop_token_ids=renderer.stop_token_ids,
             stop=(*ask.stop, *ends),
             timeout_s=self._deadline_s,  # the whole request has this one; whichever is sooner

@@ -107,7 +107,8 @@ class Keeper(Daemon):
             self.failures.rest(place, str(error))
             await self.note(place.base_model, str(error))
             return
-        url, child, dtype, rank, moment = place.where, None, self.explicit_dtype(), None, time.monotonic()
+        url, child, dtype, moment = place.where, None, self.explicit_dtype(), time.monotonic()
+        facts: dict[str, object] = {}
         number = "" if place.where in ("0", *self.urls) else f"-{place.where}"
         log_file = self.settings.logs_dir / f"sampler-{place.base_model}{number}.log"
         log_from = size(log_file)
@@ -118,9 +119,12 @@ class Keeper(Daemon):
             child = await asyncio.to_thread(
                 spawn_on_leash, launch.command, log=log_file, environment=launch.environment
             )
-            url, dtype, rank = f"http://127.0.0.1:{port}", launch.dtype, launch.max_lora_rank
+            url, dtype = f"http://127.0.0.1:{port}", launch.dtype
+            facts = {"max_lora_rank": launch.max_lora_rank, "seeds": launch.seeds}
             log.info("starting %s for %s on port %d (process group %d)", self.engine.name, model.id, port, child.pid)
-        self.kept[place] = Kept(place, url, child, dtype, rank, self.context(model), log_file, log_from, moment, moment)
+        self.kept[place] = Kept(
+            place, url, child, dtype, facts, self.context(model), log_file, log_from, moment, moment
+        )
 
     def explicit_dtype(self) -> str | None:
         return None if self.settings.sampler_dtype == "auto" else self.settings.sampler_dtype
@@ -165,7 +169,7 @@ class Keeper(Daemon):
                 host=self.settings.hostname,
                 adapter_root=str(self.settings.seen_root),
                 max_loras=self.settings.sampler_max_adapters,
-                info={"pid": kept.child.pid if kept.child else None, "max_lora_rank": kept.max_lora_rank, **info},
+                info={"pid": kept.child.pid if kept.child else None, **kept.facts, **info},
                 started_at=stamp,
                 heartbeat=stamp,
             )

@@ -32,7 +32,7 @@ class Kept:
     url: str
     child: Child | None  # None: it runs elsewhere
     dtype: str | None  # what it was started with
-    max_lora_rank: int | None  # likewise; None: it runs elsewhere and does not say
+    facts: dict[str, object]  # likewise, for its row: highest LoRA rank, whether it takes seeds
     context: int
     log: Path
     log_from: int  # bytes of the log that were there before

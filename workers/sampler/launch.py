@@ -25,6 +25,7 @@ class Launch:
     environment: Mapping[str, str]
     dtype: str | None
     max_lora_rank: int
+    seeds: bool = True  # False: a request with a seed may end the engine
 
 
 class Engine(Protocol):

@@ -70,7 +70,9 @@ class Vllm:
     def launch(self, model: BaseModel, server: int, port: int) -> Launch:
         module = ("-m", "vllm.entrypoints.openai.api_server")
         command = (str(self.python), *module, *self._options(model, port), *shlex.split(self._settings.vllm_args))
-        return Launch(command, self._environment(server), self.dtype, self.max_lora_rank(model))
+        # Without a GPU, vLLM 0.32 rewinds a seeded generator when a prompt is computed in parts, which torch's lacks.
+        seeds = self.shares is not None
+        return Launch(command, self._environment(server), self.dtype, self.max_lora_rank(model), seeds)
 
     def max_lora_rank(self, model: BaseModel) -> int:
         """Without a GPU every token gathers its adapter up to this rank, used or not: 64 for 16 is 4× the work."""

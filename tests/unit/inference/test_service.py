@@ -119,6 +119,14 @@ async def test_choices_are_requests_of_their_own(serve: Any, answered: Completio
     assert len(answer.choices) == 3
 
 
+async def test_an_engine_that_a_seed_would_end_gets_none(serve: Any, answered: Completion) -> None:
+    client = FakeClient([answered])
+    samplers = FakeSamplers(client)
+    samplers.sampler.info["seeds"] = False
+    await serve(samplers).answer("p", ask(seed=7))
+    assert [request.seed for request in client.requests] == [None]
+
+
 async def test_one_failed_choice_ends_its_siblings(serve: Any) -> None:
     async def hang(_: Any) -> Completion:
         await asyncio.Event().wait()

@@ -35,7 +35,7 @@ async def test_what_a_sampler_says_of_itself_decides(
     keeper = Keeper(Settings(data_dir=tmp_path))
     child: Any = object()
     place = Place("m", "0")
-    kept = Kept(place, "http://127.0.0.1:1", child, None, None, 1, tmp_path / "log", 0, 0.0, 0.0)
+    kept = Kept(place, "http://127.0.0.1:1", child, None, {}, 1, tmp_path / "log", 0, 0.0, 0.0)
     kept.row_id, kept.healthy = "row", time.monotonic() - silent_s
     keeper.kept[place] = kept
     failures: list[str] = []

@@ -81,6 +81,7 @@ def test_on_a_cpu_the_rank_is_the_models_own_unless_it_is_set(settings: Settings
     gpu, cpu = (Vllm(settings, PYTHON, found).launch(model, 0, 1) for found in (cards(1), []))
     assert (gpu.max_lora_rank, cpu.max_lora_rank) == (64, lora_rank(model.lora_rank))
     assert after(cpu.command, "--max-lora-rank") == str(cpu.max_lora_rank)
+    assert (gpu.seeds, cpu.seeds) == (True, False)
     said = settings.model_copy(update={"sampler_max_lora_rank": 40})
     assert Vllm(said, PYTHON, []).launch(model, 0, 1).max_lora_rank == 64
 
