@@ -170,8 +170,11 @@ class Run:
         beside = asyncio.create_task(congestion.poll(self.policy.loads))
         try:
             await training.run()
-        except TooManyFailures as error:
-            raise JobFailure(error.state, f"The job stopped: {error}") from error
+        except (TooManyFailures, JobFailure) as error:
+            await self.recorder.flush()  # what has ended is recorded as what it was, not as cancelled with the rest
+            if isinstance(error, TooManyFailures):
+                raise JobFailure(error.state, f"The job stopped: {error}") from error
+            raise
         finally:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
