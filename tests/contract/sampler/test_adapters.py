@@ -177,19 +177,25 @@ async def test_an_unloaded_name_is_not_found_and_unknown_to_unload(
 async def test_a_request_in_flight_finishes_on_the_weights_of_its_unloaded_adapter(
     client: SamplerClient, http: HttpClient, make_adapter: AdapterMaker, reference: Any, target: Target
 ) -> None:
-    path = make_adapter("flight-v1", seed=9)
-    await client.load_adapter("flight-v1", str(path))
-    body = {
-        "model": "flight-v1",
-        "prompt": IDS,
-        "max_tokens": 440,
-        "logprobs": 0,
-        "return_token_ids": True,
-        "ignore_eos": True,
-    }
-    flight = await under_way(http, target, body)
-    await client.unload_adapter("flight-v1")
-    assert not flight.done()
+    for attempt in range(5):  # on a busy machine the answer may come before the unload does
+        name = f"flight-v{attempt}"
+        path = make_adapter(name, seed=9)
+        await client.load_adapter(name, str(path))
+        body = {
+            "model": name,
+            "prompt": IDS,
+            "max_tokens": 440,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,
+        }
+        flight = await under_way(http, target, body)
+        await client.unload_adapter(name)
+        if not flight.done():
+            break
+        await flight
+    else:
+        pytest.fail("no unload came in time")
     choice = (await flight).json()["choices"][0]
     expected = teacher_forced(merged(reference, path, target.model_dir), [*IDS, *choice["token_ids"]])[len(IDS) - 1 :]
     assert len(choice["token_ids"]) == 440
