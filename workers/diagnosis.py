@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from workers.rollouts.types import ToolRecord, Trajectory
+from workers.rollouts.types import PHASES, ToolRecord, Trajectory
 
-SPENT = ("queue", "sampling", "rendering", "tools", "tool_queue", "grading")  # disjoint seconds of a trajectory
 SLOTS_SCARCE = 0.3  # of the rollouts' time waiting for a slot, while tools or grader hold the slots
 TOOL_SATURATED = 0.25  # of the tool time waiting for the tool's own limit: more slots would only lengthen that queue
 TAKE_TURNS = 0.2  # both sides wait at least this share of the wall for one another
@@ -49,7 +48,7 @@ class StepTimes:
     publication_s: float = 0.0
     evaluation_s: float = 0.0  # the step stood still for a validation pass; not a pass that ran beside it
     rollouts_idle_s: float = 0.0  # nothing was in flight: held back by max_staleness. Overlaps the others
-    spent: Mapping[str, float] = field(default_factory=dict)  # of `SPENT`
+    spent: Mapping[str, float] = field(default_factory=dict)  # of `PHASES`
 
     def __add__(self, other: StepTimes) -> StepTimes:
         seconds = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "spent"}
@@ -83,9 +82,9 @@ class Diagnosis:
 
 def spent(trajectories: Iterable[Trajectory]) -> dict[str, float]:
     """What a step's trajectories spent their time on, summed."""
-    sums = dict.fromkeys(SPENT, 0.0)
+    sums = dict.fromkeys(PHASES, 0.0)
     for trajectory in trajectories:
-        for name in SPENT:
+        for name in PHASES:
             sums[name] += trajectory.seconds.get(name, 0.0)
     return sums
 
@@ -105,10 +104,10 @@ def tool_facts(records: Iterable[ToolRecord]) -> list[ToolFacts]:
 
 def shares_of(times: StepTimes) -> dict[str, float]:
     """Shares of the wall time by cause; they sum to 1. `idle` is what no phase accounts for."""
-    rollouts = math.fsum(times.spent.get(name, 0.0) for name in SPENT)
+    rollouts = math.fsum(times.spent.get(name, 0.0) for name in PHASES)
     parts = {
         name: times.waiting_for_rollouts_s * times.spent.get(name, 0.0) / rollouts if rollouts else 0.0
-        for name in SPENT
+        for name in PHASES
     }
     parts |= {
         "training": times.training_s,
@@ -127,7 +126,7 @@ def diagnose(times: StepTimes, tools: Sequence[ToolFacts] = (), *, of: str = "st
     shares = shares_of(times)
     idle = min(1.0, times.rollouts_idle_s / times.wall_s) if times.wall_s > 0 else 0.0
     sides = {
-        "rollouts": math.fsum(shares[name] for name in SPENT),
+        "rollouts": math.fsum(shares[name] for name in PHASES),
         Bound.TRAINER: shares["training"],
         Bound.PUBLICATION: shares["publication"],
     }
@@ -193,7 +192,7 @@ def _grader(shares: Mapping[str, float], tools: Sequence[ToolFacts], of: str, id
 
 
 def _trainer(shares: Mapping[str, float], tools: Sequence[ToolFacts], of: str, idle: float) -> str:
-    waited = math.fsum(shares[name] for name in SPENT)
+    waited = math.fsum(shares[name] for name in PHASES)
     ready = "rollouts stood ready; " if waited < NO_WAIT else ""
     held = f", and for {_percent(idle)} of it nothing was in flight" if idle >= TAKE_TURNS else ""
     return (

@@ -32,7 +32,7 @@ from workers.rollouts.congestion import Congestion
 from workers.rollouts.pool import Pool, StepRollouts
 from workers.rollouts.recorder import Recorder
 from workers.rollouts.stream import Consumed
-from workers.rollouts.types import Ended, Group
+from workers.rollouts.types import Group
 from workers.sampler.policy import ServedPolicy
 from workers.series import Thresholds
 from workers.setup import Inputs, JobFailure
@@ -134,7 +134,8 @@ class Training:
         self._doing = "waiting for rollouts"
         with clock.phase("waiting", counts_as=""):
             rollouts = await parts.pipeline.next(step)
-        self._share(clock.step["waiting"], rollouts.members)
+        spent_on = spent(member.trajectory for member in rollouts.members)
+        self._share(clock.step["waiting"], spent_on)
         selected = select(rollouts.of(Verdict.TRAINABLE), self._plan.max_trained_rollouts)
         data = metrics.step_data(step, self._plan.total_steps, rollouts)
         data["rollouts"]["top_error"] = top_error(member.error for member in rollouts.members)
@@ -150,7 +151,7 @@ class Training:
         parts.pipeline.advance(step, at.version)
         self._doing = f"step {step}: waiting for the validation before it"
         await self._evaluated(clock)
-        data |= self._timing(clock, rollouts, parts.pool.idle_s - idle)
+        data |= self._timing(clock, rollouts, spent_on, parts.pool.idle_s - idle)
         await self._record(step, rollouts, selected, done, data)
         await asyncio.to_thread(batch_file.unlink, True)
         at.step = step
@@ -174,10 +175,11 @@ class Training:
         self._doing = f"publishing version {version}"
         with clock.phase("publication"):
             publication = await self._p.publisher.publish(done.adapter)
-        await self._announce(publication)
+        facts = publication.as_dict()
+        await self._announce(publication, facts)
         return {
             "policy": {**done.metrics, "version": version, "staleness_mean": staleness, "staleness_max": staleness},
-            "publication": publication.as_dict(),
+            "publication": facts,
             "update_seconds": dict(done.seconds),
         }
 
@@ -209,9 +211,10 @@ class Training:
 
     # --- what people are told ---------------------------------------------------------------------------------------
 
-    def _timing(self, clock: Clock, rollouts: StepRollouts, idle_s: float) -> dict[str, Any]:
+    def _timing(
+        self, clock: Clock, rollouts: StepRollouts, spent_on: Mapping[str, float], idle_s: float
+    ) -> dict[str, Any]:
         phases = clock.step
-        trajectories = [member.trajectory for member in rollouts.members]
         times = StepTimes(
             wall_s=time.monotonic() - clock.began,
             waiting_for_rollouts_s=phases["waiting"],
@@ -219,9 +222,11 @@ class Training:
             publication_s=phases.get("publication", 0.0),
             evaluation_s=phases.get("evaluation", 0.0),
             rollouts_idle_s=idle_s,
-            spent=spent(trajectories),
+            spent=spent_on,
         )
-        diagnosis = self._times.add(times, tool_facts(record for t in trajectories for record in t.tools))
+        diagnosis = self._times.add(
+            times, tool_facts(record for member in rollouts.members for record in member.trajectory.tools)
+        )
         self._p.recorder.live["diagnosis"] = self._times.diagnosis().as_dict()
         return {
             "timing": {
@@ -236,10 +241,10 @@ class Training:
             "diagnosis": diagnosis,
         }
 
-    def _share(self, waiting_s: float, members: Sequence[Ended]) -> None:
+    def _share(self, waiting_s: float, spent_on: Mapping[str, float]) -> None:
         """Split the wait for rollouts by what they spent their time on, so that the job's phases add up."""
         by_phase: dict[str, float] = {}
-        for name, seconds in spent(member.trajectory for member in members).items():
+        for name, seconds in spent_on.items():
             by_phase[PHASE_OF[name]] = by_phase.get(PHASE_OF[name], 0.0) + seconds
         total = sum(by_phase.values()) or 1.0
         seconds_of = self._p.recorder.seconds
@@ -254,10 +259,10 @@ class Training:
         message = f"{callout.message}. {callout.suggestion}"
         await self._p.recorder.event(message, level="warn", data={"rule": callout.rule, "step": step, **callout.data})
 
-    async def _announce(self, publication: Publication) -> None:
+    async def _announce(self, publication: Publication, facts: dict[str, Any]) -> None:
         """What was not proved, once, and again when it was in between; samplers that do not serve the version."""
         recorder = self._p.recorder
-        recorder.live["publication"] = facts = publication.as_dict()
+        recorder.live["publication"] = facts
         if publication.unresolved and not self._unresolved:
             await recorder.event(f"Not resolvable: {publication.unresolved}", level="warn", data=facts)
         self._unresolved = publication.unresolved is not None

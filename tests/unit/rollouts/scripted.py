@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -17,10 +17,11 @@ from app.graders.base import Grade, Sample
 from app.rendering.protocol import ParsedCall, ParsedTurn
 from app.samplers.client import Completion
 from app.tools.http import CallContext, ToolEndpoint
-from workers.rollouts.trajectory import Setting, TurnRequest
+from workers.rollouts.trajectory import Setting, TurnRequest, run_rollout
 from workers.rollouts.types import Ended, Limits, RolloutKey, Row, Trajectory
 
 END = "\0"  # the end-of-turn token
+LOOKUP = '!lookup {"item": "hat"}'
 LIMITS = Limits(
     max_steps=4,
     max_tokens_per_turn=100,
@@ -204,6 +205,14 @@ def answered(trajectory: Trajectory, prompt: Sequence[int], said: Sequence[int])
     asked = trajectory.ids[:]
     rates = [-1.0] * len(said)
     trajectory.tree.record(asked, said, rates, model="m", version=3, sampler=None, finish_reason="stop", seconds=0.1)
+
+
+async def roll(where: Setting, what: Row, **values: Any) -> Ended:
+    return await run_rollout(where, key(**values), what, Trajectory())
+
+
+def limited(**values: Any) -> Any:
+    return replace(LIMITS, **values)
 
 
 def ended(reward: float | None, *, group: int = 1, sample: int = 0, tokens: int = 2, **values: Any) -> Ended:

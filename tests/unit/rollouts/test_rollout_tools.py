@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,30 +12,19 @@ import pytest
 from app.core.states import RolloutState
 from app.net.exchange import Attempted
 from tests.unit.rollouts.scripted import (
-    LIMITS,
+    LOOKUP,
     ScriptedGrader,
     ScriptedPolicy,
     Tools,
     broken,
-    key,
+    roll,
     row,
     says,
     setting,
     text,
 )
 from workers.rollouts.tool_gate import ToolBusy, ToolTurn
-from workers.rollouts.trajectory import Setting, run_rollout
-from workers.rollouts.types import Ended, Row, StopReason, ToolRecord, Trajectory
-
-LOOKUP = '!lookup {"item": "hat"}'
-
-
-async def roll(where: Setting, what: Row, **values: Any) -> Ended:
-    return await run_rollout(where, key(**values), what, Trajectory())
-
-
-def limited(**values: Any) -> Any:
-    return replace(LIMITS, **values)
+from workers.rollouts.types import StopReason, ToolRecord
 
 
 async def test_calls_of_one_message_run_together_and_answer_in_order() -> None:

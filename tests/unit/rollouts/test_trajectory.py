@@ -20,6 +20,7 @@ from tests.tiny import make_weightless_llama
 from tests.unit.rollouts.scripted import (
     END,
     LIMITS,
+    LOOKUP,
     CharRenderer,
     ScriptedGrader,
     ScriptedPolicy,
@@ -27,23 +28,15 @@ from tests.unit.rollouts.scripted import (
     completion,
     ids,
     key,
+    limited,
+    roll,
     row,
     says,
     setting,
     text,
 )
-from workers.rollouts.trajectory import Setting, run_rollout
-from workers.rollouts.types import Ended, Row, StopReason, Trajectory
-
-LOOKUP = '!lookup {"item": "hat"}'
-
-
-async def roll(where: Setting, what: Row, **values: Any) -> Ended:
-    return await run_rollout(where, key(**values), what, Trajectory())
-
-
-def limited(**values: Any) -> Any:
-    return replace(LIMITS, **values)
+from workers.rollouts.trajectory import run_rollout
+from workers.rollouts.types import StopReason, Trajectory
 
 
 async def test_a_two_turn_episode_keeps_every_sampled_id_and_log_prob() -> None:
