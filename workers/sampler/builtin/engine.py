@@ -80,9 +80,10 @@ class _Inbox:
     submitted: list[Ticket] = field(default_factory=list)
     cancelled: list[Ticket] = field(default_factory=list)
     loads: list[_Load] = field(default_factory=list)
+    unloaded: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.submitted or self.cancelled or self.loads)
+        return bool(self.submitted or self.cancelled or self.loads or self.unloaded)
 
 
 class Engine:
@@ -186,7 +187,8 @@ class Engine:
                 )
             del self._names[name]
             self._unloaded.append(version)
-            self._sweep()
+            self._inbox.unloaded = True
+            self._wake.notify()
 
     # --- inside ---
 
@@ -207,6 +209,10 @@ class Engine:
         return [*list(self._names.values()), *list(self._unloaded)]
 
     def _sweep(self) -> None:
+        """Only in the engine's thread: nobody else touches a tree."""
+        for v in self._unloaded:
+            if not v.users:
+                v.lane.tree.clear()
         self._unloaded = [v for v in self._unloaded if v.users]
 
     def _require_memory(self) -> None:
@@ -228,15 +234,10 @@ class Engine:
                         self._wake.wait()
                     if self._stopping:
                         return
-                    inbox, self._inbox = self._inbox, _Inbox()
-                    for t in inbox.submitted:
-                        t.version.lane.waiting.append(t.row)
-                    for t in inbox.cancelled:
-                        if t.version.lane.cancel(t.row):
-                            t.version.users -= 1
+                    loads = self._take_in()
                     self._sweep()
                     version = self._next()
-                for load in inbox.loads:
+                for load in loads:
                     self._load(load)
                 if version is None:
                     continue
@@ -246,6 +247,16 @@ class Engine:
                     log.exception("the engine failed")
                     self._die(f"the engine failed: {error}")
                     return
+
+    def _take_in(self) -> list[_Load]:
+        """What came in since. A function of its own: its variables must not keep a version while `run` sleeps."""
+        inbox, self._inbox = self._inbox, _Inbox()
+        for t in inbox.submitted:
+            t.version.lane.waiting.append(t.row)
+        for t in inbox.cancelled:
+            if t.version.lane.cancel(t.row):
+                t.version.users -= 1
+        return inbox.loads
 
     def _load(self, load: _Load) -> None:
         if not load.done.set_running_or_notify_cancel():

@@ -134,6 +134,16 @@ class PrefixTree:
         self.tokens -= freed
         return freed
 
+    def clear(self) -> None:
+        """Forget everything, now: nodes name their parents, and such cycles wait long for the collector."""
+        stack = [self._root]
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            node.parent = None
+            node.children.clear()
+        self.tokens = 0
+
     def _leaves(self) -> list[Node]:
         found, stack = [], [self._root]
         while stack:
