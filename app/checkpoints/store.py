@@ -1,6 +1,7 @@
-"""Checkpoint directories: copied from a published adapter, manifest with sha256, atomic rename, verified on read.
+"""Checkpoint directories: copied from a published adapter, manifest with sha256, atomic rename; uploaded; verified.
 
-Does not cover: who may see a checkpoint (`app.checkpoints.service`), nor the rows (`workers.registry`).
+Does not cover: who may see a checkpoint (`app.checkpoints.service`), the rows (`workers.registry`), reading one on
+another host (`library`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from app.storage.base import ObjectStore
+from app.storage.local import sync
+
 MANIFEST = "manifest.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 class CorruptCheckpoint(Exception):
     """A file is missing or does not match the manifest."""
+
+
+def key_of(job_id: str, attempt: int, step: int) -> str:
+    """Where a checkpoint lies, in storage and below the local directory of checkpoints."""
+    return f"{job_id}/a{attempt}/step-{step}"
 
 
 def publish(source: Path, target: Path, facts: dict[str, Any]) -> str:
@@ -45,6 +54,12 @@ def publish(source: Path, target: Path, facts: dict[str, Any]) -> str:
     return digest(target / MANIFEST)
 
 
+def upload(store: ObjectStore, directory: Path, key: str) -> None:
+    """The adapter first, the manifest last: what has a manifest is whole. Raises `StorageUnavailable`."""
+    for name in (*ADAPTER_FILES, MANIFEST):
+        store.put(directory / name, f"{key}/{name}")
+
+
 def verify(directory: Path) -> str:
     """Check every file against the manifest; returns the manifest's sha256. Raises `CorruptCheckpoint`."""
     try:
@@ -61,12 +76,3 @@ def digest(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

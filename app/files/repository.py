@@ -59,6 +59,12 @@ async def total_bytes(session: AsyncSession, project_id: str) -> int:
     )
 
 
+async def digests(session: AsyncSession, ids: Sequence[str]) -> dict[str, str]:
+    """sha256 by id, of those that exist, whoever owns them."""
+    rows = await session.execute(select(File.id, File.sha256).where(File.id.in_(ids)))
+    return {file_id: sha256 for file_id, sha256 in rows}
+
+
 async def open_jobs(session: AsyncSession, file_id: str) -> Sequence[str]:
     """Jobs that are not finished and need this file."""
     return (await session.scalars(select(Job.id).where(_needs(file_id)))).all()

@@ -5,18 +5,20 @@ Does not cover: `/v1/uploads` (files in parts).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, BinaryIO
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 
-from app.core.errors import NotFound
 from app.files import repository, service
 from app.files.repository import Order
 from app.files.schemas import DeletedFile, FileList, FileObject
 from app.web.deps import CallerDep, DatabaseDep, SettingsDep, StorageDep
 
 MAX_PAGE = 10_000
+PIECE_BYTES = 1024**2
 
 router = APIRouter()
 
@@ -59,8 +61,7 @@ async def create_file(
     """Upload a file; a `fine-tune` file is checked line by line before the answer."""
     async with database.begin() as session:
         expired = await repository.remove_expired(session)
-    for file_id in expired:
-        storage.delete(file_id)
+    await service.remove_bytes(storage, expired)
     content_type, declared = request.headers.get("content-type", ""), request.headers.get("content-length", "")
     declared_bytes = int(declared) if declared.isdecimal() else None
     async with (
@@ -97,19 +98,29 @@ async def retrieve_file(file_id: str, caller: CallerDep, database: DatabaseDep) 
         return FileObject.of(await service.find(session, caller.project_id, file_id))
 
 
-@router.get("/files/{file_id}/content", response_class=FileResponse)
-async def download_file(file_id: str, caller: CallerDep, database: DatabaseDep, storage: StorageDep) -> FileResponse:
+@router.get("/files/{file_id}/content", response_class=StreamingResponse)
+async def download_file(
+    file_id: str, caller: CallerDep, database: DatabaseDep, storage: StorageDep
+) -> StreamingResponse:
     async with database.read() as session:
         row = await service.find(session, caller.project_id, file_id)
-    path = storage.path(row.id)
-    if not path.is_file():
-        raise NotFound(f"The content of {file_id} is gone from the server's storage.", param="id")
-    return FileResponse(path, media_type="application/octet-stream", filename=row.filename)
+    headers = {
+        "content-length": str(row.bytes),
+        "content-disposition": f"attachment; filename*=utf-8''{quote(row.filename, safe='')}",
+    }
+    pieces = _pieces(await service.content(storage, row))
+    return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/files/{file_id}")
 async def delete_file(file_id: str, caller: CallerDep, database: DatabaseDep, storage: StorageDep) -> DeletedFile:
     async with database.begin() as session:
         await service.delete(session, caller.project_id, file_id)
-    storage.delete(file_id)
+    await service.remove_bytes(storage, [file_id])
     return DeletedFile(id=file_id)
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece

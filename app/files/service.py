@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.core.errors import InvalidRequest, NotFound, PayloadTooLarge, Unavailable
+from app.core.errors import InvalidRequest, NotFound, PayloadTooLarge, ServiceError, Unavailable
 from app.core.ids import new_id
 from app.core.paging import Page
 from app.db.engine import now
@@ -22,12 +24,22 @@ from app.db.tables import File
 from app.files import jsonl, repository
 from app.files.multipart import OVERHEAD_BYTES, receive_form
 from app.files.repository import Order
-from app.files.storage import Incoming, Storage, Stored, TooLarge
+from app.files.storage import Incoming, Shelf, Storage, Stored, TooLarge
+from app.storage.errors import ObjectDamaged, ObjectMissing, StorageUnavailable
+from app.storage.thread import in_thread
+
+log = logging.getLogger(__name__)
 
 UPLOAD_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 RESULT_PURPOSE = "fine-tune-results"
 PROJECT_QUOTA_BYTES = 100 * 1024**3
 EXPIRES_S = range(3600, 2_592_000 + 1)
+
+
+class FileDamaged(ServiceError):
+    """What is stored is not what was uploaded: an operator's matter, no retry mends it."""
+
+    default_code = "file_damaged"
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,10 @@ class Received:
 async def receiving(
     storage: Storage, chunks: AsyncIterable[bytes], content_type: str, declared_bytes: int | None, limit: int
 ) -> AsyncIterator[Received]:
-    """Stream an upload to storage and check it; if the block fails, the bytes are removed again."""
+    """Stream an upload to storage and check it; if the block fails, the bytes are removed again.
+
+    Raises StorageUnavailable, and the errors of a request.
+    """
     if declared_bytes is not None and declared_bytes > limit + OVERHEAD_BYTES:
         raise _too_large(limit)
     with storage.receive(limit) as draft:
@@ -63,12 +78,40 @@ async def receiving(
         expires_s = _expires(form.fields)
         problem = await asyncio.to_thread(_check, draft) if purpose == "fine-tune" else None
         file_id = new_id("file-")
-        await asyncio.to_thread(storage.publish, draft, file_id)
+        await in_thread(storage.publish, draft, file_id)
     try:
         yield Received(file_id, stored, form.filename or "", purpose, expires_s, problem)
     except BaseException:
-        storage.delete(file_id)
+        await remove_bytes(storage, [file_id])
         raise
+
+
+async def remove_bytes(storage: Storage, ids: Iterable[str]) -> None:
+    """Of files that no row names any more. Bytes that cannot be removed now are logged: nobody can reach them."""
+    for file_id in ids:
+        try:
+            await in_thread(storage.delete, file_id)
+        except StorageUnavailable as error:
+            log.warning("the bytes of %s stay behind: %s", file_id, error)
+
+
+async def content(storage: Storage, row: File) -> BinaryIO:
+    """The file's bytes, every one as uploaded. Raises NotFound, FileDamaged, StorageUnavailable."""
+    try:
+        return await in_thread(storage.open, row.id, row.sha256)
+    except ObjectMissing:
+        raise NotFound(f"The content of {row.id} is gone from the server's storage.", param="id") from None
+    except ObjectDamaged as error:
+        log.error("file %s is not served: %s", row.id, error)
+        raise FileDamaged(
+            f"The stored content of {row.id} is not what was uploaded and is not served; upload it again.",
+            param="id",
+        ) from error
+
+
+async def shelf(session: AsyncSession, storage: Storage, ids: Iterable[str]) -> Shelf:
+    """These files, to be read in a thread."""
+    return Shelf(storage, await repository.digests(session, list(ids)))
 
 
 async def register(session: AsyncSession, project_id: str, received: Received) -> File:

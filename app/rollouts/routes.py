@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 
 from app.rollouts import service
 from app.rollouts.schemas import RolloutList, RolloutObject, RolloutQuery, RolloutWithTrace
-from app.web.deps import CallerDep, DatabaseDep, SettingsDep
+from app.web.deps import CallerDep, DatabaseDep, TracesDep
 
 router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/rollouts")
 
@@ -34,9 +34,9 @@ async def list_rollouts(
 
 @router.get("/{rollout_id}")
 async def retrieve_rollout(
-    job_id: str, rollout_id: str, caller: CallerDep, database: DatabaseDep, settings: SettingsDep
+    job_id: str, rollout_id: str, caller: CallerDep, database: DatabaseDep, traces: TracesDep
 ) -> RolloutWithTrace:
     """One rollout with its trace: messages, tokens, log-probs, tool calls, grade."""
     async with database.read() as session:
         rollout = await service.get(session, caller.project_id, job_id, rollout_id)
-    return await service.with_trace(rollout, settings.traces_dir)
+    return await service.with_trace(rollout, traces)

@@ -1,6 +1,7 @@
 """Trace files: one zstd frame per rollout, appended; a row keeps (file, offset, length) (design §6.8).
 
-Does not cover: what a trace holds (`workers.rollouts.recorder`). Ids, mask and log-probs travel packed (base64 of
+Does not cover: what a trace holds (`workers.rollouts.recorder`), bringing files to storage and their removal
+(`workers.rollouts.shipping`). Ids, mask and log-probs travel packed (base64 of
 little-endian arrays) and are unpacked on read, because an agent rollout of 10k tokens is 100–250 KB as JSON.
 """
 
@@ -15,11 +16,21 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from app.core.settings import Settings
+from app.storage.base import ObjectStore
+from app.storage.build import open_store
+from app.storage.errors import ObjectMissing
+from app.storage.local import LocalStore
+
 _DTYPES = {"ids": np.int32, "mask": np.uint8, "log_probs": np.float32}
 
 
 class TraceMissing(Exception):
-    """The trace's file is gone (retention) or damaged."""
+    """The trace's file is not there: removed, or not in storage yet."""
+
+
+class TraceDamaged(Exception):
+    """The bytes are not those that were written."""
 
 
 def pack(values: Sequence[int] | Sequence[float], field: str) -> str:
@@ -33,7 +44,8 @@ def unpack(text: str, field: str) -> list[Any]:
 
 def append_trace(path: Path, trace: dict[str, Any]) -> tuple[int, int]:
     """Append one frame; returns (offset, length). Blocking; one writer per file."""
-    frame = zstandard.compress(json.dumps(trace, separators=(",", ":"), ensure_ascii=False).encode() + b"\n", 3)
+    text = json.dumps(trace, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+    frame = zstandard.ZstdCompressor(level=3, write_checksum=True).compress(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         offset = file.tell()
@@ -41,19 +53,43 @@ def append_trace(path: Path, trace: dict[str, Any]) -> tuple[int, int]:
     return offset, len(frame)
 
 
-def read_trace(traces_dir: Path, file: str, offset: int, length: int) -> dict[str, Any]:
-    """The trace with its token arrays unpacked. Blocking. Raises `TraceMissing`."""
-    path = (traces_dir / file).resolve()
-    if not path.is_relative_to(traces_dir.resolve()):
-        raise TraceMissing(file)
-    try:
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            frame = stream.read(length)
-        trace: dict[str, Any] = json.loads(zstandard.decompress(frame))
-    except (OSError, zstandard.ZstdError, ValueError) as error:
-        raise TraceMissing(f"{file} at {offset}: {error}") from error
-    tokens = trace.get("tokens")
-    if isinstance(tokens, dict):
-        trace["tokens"] = {name: unpack(text, name) for name, text in tokens.items()}
-    return trace
+class Traces:
+    """Reads from the file that a worker on this disk writes, else from storage. One per process."""
+
+    def __init__(self, here: Path, store: ObjectStore | None = None) -> None:
+        self._here = LocalStore(here)
+        self._store = store
+
+    @classmethod
+    def of(cls, settings: Settings) -> Traces:
+        return cls(settings.traces_dir, open_store(settings, "traces"))
+
+    def read(self, file: str, offset: int, length: int) -> dict[str, Any]:
+        """The trace with its token arrays unpacked. Blocking.
+
+        Raises `TraceMissing`, `TraceDamaged` (each frame has a checksum), `StorageUnavailable`.
+        """
+        frame = self._frame(file, offset, length)
+        try:
+            if len(frame) < length:
+                raise ValueError(f"{len(frame)} of {length} bytes are there")
+            trace: dict[str, Any] = json.loads(zstandard.decompress(frame))
+        except (zstandard.ZstdError, ValueError) as error:
+            raise TraceDamaged(f"{file} at {offset}: {error}") from error
+        tokens = trace.get("tokens")
+        if isinstance(tokens, dict):
+            trace["tokens"] = {name: unpack(text, name) for name, text in tokens.items()}
+        return trace
+
+    def _frame(self, file: str, offset: int, length: int) -> bytes:
+        try:
+            return self._here.read(file, offset, length)
+        except ObjectMissing:
+            if self._store is None:
+                raise TraceMissing(file) from None
+        except ValueError as error:  # no key: a name that leads elsewhere
+            raise TraceMissing(str(error)) from error
+        try:
+            return self._store.read(file, offset, length)
+        except ObjectMissing as error:
+            raise TraceMissing(str(error)) from error

@@ -85,6 +85,26 @@ async def test_a_trace_that_is_gone_leaves_the_row(http: httpx.Client, seed: See
     assert "gone" in shown["trace_error"]
 
 
+async def test_a_trace_of_another_rollout_or_a_damaged_one_is_not_shown(
+    http: httpx.Client, seed: Seed, settings: Settings
+) -> None:
+    job_id = await seed.job()
+    file = f"{job_id}/a1/step-1.jsonl.zst"
+    offset, length = append_trace(settings.traces_dir / file, {"id": "another", "messages": []})
+    rollout_id = await seed.rollout(job_id, trace_file=file, trace_offset=offset, trace_length=length, reward=0.5)
+
+    def said() -> str:
+        shown = http.get(f"/v1/fine_tuning/jobs/{job_id}/rollouts/{rollout_id}").json()
+        assert (shown["trace"], shown["reward"]) == (None, 0.5)
+        return str(shown["trace_error"])
+
+    assert "gone" in said()
+    with (settings.traces_dir / file).open("r+b") as stream:
+        stream.seek(length // 2)
+        stream.write(b"\0\0")
+    assert "damaged" in said()
+
+
 async def test_rollouts_of_another_job_or_project_are_not_found(
     http: httpx.Client, live_server: LiveServer, other_key: str, seed: Seed
 ) -> None:

@@ -134,9 +134,8 @@ class Pool:
             running |= await launch(batch_size)
             while running:
                 finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    group = task.result()
-                    found.append((group, judge(group, self._group_size)))
+                # gather, because several may have failed: it takes note of all their exceptions.
+                found += [(group, judge(group, self._group_size)) for group in await asyncio.gather(*finished)]
                 good = sum(verdict is Verdict.TRAINABLE for _, verdict in found)
                 missing = min(batch_size - good - len(running), spare)
                 if missing > 0:

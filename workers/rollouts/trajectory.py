@@ -12,6 +12,7 @@ the sampler is asked again whole.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from workers.rollouts.calls import TokenDrift
 from workers.rollouts.setting import Policy, Setting, TurnRequest
 from workers.rollouts.tools import run_tools
 from workers.rollouts.types import Ended, RolloutKey, Row, StopReason, Trajectory
+
+log = logging.getLogger("hone.rollouts")
 
 R = TypeVar("R")
 
@@ -235,6 +238,7 @@ def _assistant_message(parsed: ParsedTurn, calls: Sequence[FunctionCall]) -> dic
 
 def _failed(key: RolloutKey, trajectory: Trajectory, state: RolloutState, error: str) -> Ended:
     trajectory.activity = "failed"
+    log.info("discarded as %s: %s", state, error)
     return Ended(key, trajectory, None, state, error[:2000])
 
 

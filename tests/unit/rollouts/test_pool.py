@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -121,6 +122,16 @@ async def test_when_everything_fails_the_job_stops_with_the_last_words() -> None
     assert caught.value.state == "grader_failed"
     assert 16 <= len(ledger.finished) < 30 < len(ledger.started)
     assert made.active == {}
+
+
+async def test_a_step_that_stops_leaves_no_exception_behind_that_nobody_took() -> None:
+    said: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, about: said.append(about["message"]))
+    made = pool(Ledger(), lambda key: GraderFailed("g", "http://g", 4, "answered 503"))  # all groups fail in one turn
+    with pytest.raises(TooManyFailures):
+        await made.step(1, 0, RowStream(ROWS, 0), 20)
+    gc.collect()
+    assert said == []
 
 
 async def test_successes_in_between_do_not_hide_that_half_of_them_fail() -> None:

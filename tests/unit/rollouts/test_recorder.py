@@ -16,7 +16,7 @@ from app.db.tables import DEFAULT_PROJECT, Event, Job, Rollout
 from app.graders.base import Grade
 from app.jobs.leases import Fence, LeaseLost
 from app.rollouts import ledger
-from app.rollouts.traces import read_trace
+from app.rollouts.traces import Traces
 from tests.db.rows import Seed
 from tests.unit.rollouts.scripted import answered, ended, key, row
 from workers.rollouts import recorder as recording
@@ -47,7 +47,7 @@ async def job_row(database: Database, job_id: str) -> Job:
 
 
 def stored(settings: Settings, found: Rollout) -> dict[str, Any]:
-    return read_trace(settings.traces_dir, str(found.trace_file), found.trace_offset or 0, found.trace_length or 0)
+    return Traces(settings.traces_dir).read(str(found.trace_file), found.trace_offset or 0, found.trace_length or 0)
 
 
 async def lose(database: Database) -> None:

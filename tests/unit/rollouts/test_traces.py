@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.rollouts.traces import TraceMissing, append_trace, pack, read_trace, unpack
+from app.rollouts.traces import TraceDamaged, TraceMissing, Traces, append_trace, pack, unpack
+from app.storage.local import LocalStore
 
 
 @given(st.lists(st.integers(0, 2**31 - 1)))
@@ -27,7 +28,7 @@ def test_every_frame_is_found_again_after_the_file_has_grown(tmp_path: Path) -> 
     assert places[0][0] == 0
     assert [place[0] for place in places[1:]] == [offset + length for offset, length in places[:-1]]
     name = str(file.relative_to(tmp_path))
-    assert [read_trace(tmp_path, name, *place)["n"] for place in reversed(places)] == [4, 3, 2, 1, 0]
+    assert [Traces(tmp_path).read(name, *place)["n"] for place in reversed(places)] == [4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret"])
@@ -35,11 +36,30 @@ def test_nothing_outside_the_directory_is_read(tmp_path: Path, name: str) -> Non
     (tmp_path / "traces").mkdir()
     offset, length = append_trace(tmp_path / "secret", {"n": 1})
     with pytest.raises(TraceMissing):
-        read_trace(tmp_path / "traces", name, offset, length)
+        Traces(tmp_path / "traces").read(name, offset, length)
 
 
-def test_a_trace_that_is_gone_or_damaged_says_so(tmp_path: Path) -> None:
-    offset, length = append_trace(tmp_path / "t", {"n": 1})
-    for file, place in (("gone", (offset, length)), ("t", (offset + 1, length)), ("t", (offset, length - 1))):
-        with pytest.raises(TraceMissing, match=file):
-            read_trace(tmp_path, file, *place)
+def test_a_trace_that_is_gone_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TraceMissing, match="gone"):
+        Traces(tmp_path).read("gone", 0, 9)
+
+
+def test_a_changed_byte_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    offset, length = append_trace(tmp_path / "t", {"n": 1, "text": "as it was said"})
+    right = (tmp_path / "t").read_bytes()
+    for at in range(length):
+        (tmp_path / "t").write_bytes(right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :])
+        with pytest.raises(TraceDamaged, match=r"^t at 0"):
+            Traces(tmp_path).read("t", offset, length)
+    (tmp_path / "t").write_bytes(right)
+    for place in ((offset + 1, length), (offset, length - 1), (offset, length + 1)):
+        with pytest.raises(TraceDamaged):
+            Traces(tmp_path).read("t", *place)
+
+
+def test_what_another_host_wrote_is_read_from_storage(tmp_path: Path) -> None:
+    place = append_trace(tmp_path / "store" / "j" / "t", {"n": 1})
+    traces = Traces(tmp_path / "here", LocalStore(tmp_path / "store"))
+    assert traces.read("j/t", *place) == {"n": 1}
+    with pytest.raises(TraceMissing):
+        traces.read("j/gone", *place)
