@@ -1,4 +1,4 @@
-"""The duties without a GPU: read new jobs' files, take back what the dead held, ring for waiting jobs, send webhooks.
+"""The duties without a GPU: read new jobs' files, take back what the dead held, ring, send webhooks, clear away.
 
 Does not cover: starting jobs (`workers.local`, `workers.slot`). Any number of copies may run: each duty is a lease or a
 conditional UPDATE.
@@ -19,8 +19,10 @@ from app.jobs.doorbell import make_doorbell
 from app.jobs.validation_service import validate_job
 from app.models.catalogue import Catalogue
 from app.webhooks.delivery import Courier
+from workers.collection import Collector
 from workers.daemon import Daemon, main
-from workers.presence import Presence
+from workers.leftovers import end_leftovers
+from workers.presence import Presence, forget_silent
 
 log = logging.getLogger("hone.runner")
 
@@ -36,12 +38,16 @@ class Housekeeping(Daemon):
         self.presence = Presence(self.database, "runner", settings.hostname)
         self.reading: dict[str, asyncio.Task[None]] = {}
         self.courier = Courier.of(settings, self.database)
+        self.collector = Collector(settings, self.database)
 
     async def begin(self) -> None:
         await self.presence.announce()
 
     async def beat(self) -> None:
         await self.presence.beat()
+        async with self.database.begin() as session:
+            await forget_silent(session)
+        await end_leftovers(self.database, self.settings)
 
     async def attend(self, waiting: Sequence[leases.Waiting]) -> None:
         """One pass over the queued jobs, oldest first."""
@@ -59,6 +65,7 @@ class Housekeeping(Daemon):
                 self.reading[job_id] = asyncio.create_task(self.read_files(job_id))
         await self.attend(waiting)
         self.courier.kick()
+        self.collector.kick()
 
     async def read_files(self, job_id: str) -> None:
         try:
@@ -73,6 +80,7 @@ class Housekeeping(Daemon):
             task.cancel()
         await asyncio.gather(*self.reading.values(), return_exceptions=True)
         await self.courier.close()
+        await self.collector.close()
         await self.presence.leave()
         await self.database.close()
 
