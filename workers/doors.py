@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from app.core.settings import Settings
 from app.db.engine import Database
+from app.db.tables import Job
 from app.jobs import leases
 from workers.process import Child, spawn
 
@@ -32,6 +33,19 @@ def start_supervisor(
         environment={**settings.environment(), **environment},
         trusted=True,
     )
+
+
+async def has_room(database: Database, settings: Settings, job_id: str) -> bool:
+    """Has the job's sampler adapter slots for it? If not, its row says so, and a process that cannot win is spared."""
+    async with database.read() as session:
+        job = await session.get(Job, job_id)
+        if job is None:
+            return False
+        short = await leases.shortage(session, job, settings.sampler_max_adapters)
+    if short is not None and short != job.queue_reason:
+        async with database.begin() as session:
+            await leases.note_shortage(session, job_id, short)
+    return short is None
 
 
 async def bury(database: Database, settings: Settings, job_id: str, child: Child) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.checkpoints import store
 from workers.registry import Registry
 from workers.rollouts import metrics
 from workers.sampler.policy import ServedPolicy
+from workers.storing import Checkpoints
 from workers.validation import Validator
 
 SHOWN = ("train_mean_reward", "full_valid_mean_reward", "completion_tokens_mean", "tool_calls_mean")
@@ -25,17 +25,22 @@ SHOWN = ("train_mean_reward", "full_valid_mean_reward", "completion_tokens_mean"
 class Evaluations:
     """One per run; at most one pass is open.
 
-    `facts` (job, base_model) stand in every manifest; `directory` is where this attempt's checkpoints go.
+    `facts` (job, base_model) stand in every manifest.
     """
 
     def __init__(
-        self, validator: Validator, registry: Registry, policy: ServedPolicy, facts: Mapping[str, Any], directory: Path
+        self,
+        validator: Validator,
+        registry: Registry,
+        policy: ServedPolicy,
+        facts: Mapping[str, Any],
+        checkpoints: Checkpoints,
     ) -> None:
         self._validator = validator
         self._registry = registry
         self._policy = policy
         self._facts = facts
-        self._directory = directory
+        self._checkpoints = checkpoints
         self._open: tuple[int, asyncio.Task[dict[str, Any]]] | None = None
 
     def start(self, step: int, version: int, data: Mapping[str, Any], *, greedy: bool, checkpoint: str | None) -> None:
@@ -73,8 +78,7 @@ class Evaluations:
 
     async def _publish(self, step: int, version: int, data: Mapping[str, Any], name: str) -> None:
         """A public, named checkpoint: files first, then the row."""
-        target = self._directory / f"step-{step}"
         facts = {**self._facts, "step": step, "version": version, "name": name}
-        sha256 = await asyncio.to_thread(store.publish, Path(self._policy.path(version)), target, facts)
+        target, sha256 = await self._checkpoints.publish(Path(self._policy.path(version)), step, facts)
         shown = {"step": step, **{key: data.get(key) for key in SHOWN}}
         await self._registry.checkpoint(step, name, self._facts["base_model"], target, sha256, shown)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.engine import create_sync
@@ -24,13 +25,24 @@ LOOP_SILENCE_S = 30.0
 
 
 class Heartbeat:
-    """Start it right after the claim. `moved()` is called by the event loop about once a second."""
+    """Start it right after the claim. `moved()` is called by the event loop about once a second.
 
-    def __init__(self, url: str, fence: leases.Fence, lease_s: float, on_lost: Callable[[str], None]) -> None:
+    `beside` is called after each renewal: what else says on this connection that we are alive.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        fence: leases.Fence,
+        lease_s: float,
+        on_lost: Callable[[str], None],
+        beside: Callable[[Engine], None] = lambda engine: None,
+    ) -> None:
         self._url = url
         self._fence = fence
         self._lease_s = lease_s
         self._on_lost = on_lost
+        self._beside = beside
         self._stop = threading.Event()
         self._progress = time.monotonic()
         inherited = contextvars.copy_context()  # its lines name the job, too
@@ -61,6 +73,7 @@ class Heartbeat:
                             self._on_lost("the lease is lost: cancelled, or taken by another worker")
                             return
                         renewed = time.monotonic()
+                        self._beside(engine)
                     except SQLAlchemyError as error:
                         log.warning("heartbeat failed: %s", error)
                 if time.monotonic() - renewed > self._lease_s * 0.75:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from app.core.settings import Settings
 from app.jobs import leases
 from workers.daemon import main
-from workers.doors import GRACE_S, bury, start_supervisor
+from workers.doors import GRACE_S, bury, has_room, start_supervisor
 from workers.janitor import Housekeeping
 from workers.process import Child
 
@@ -32,9 +32,16 @@ class Runner(Housekeeping):
         await super().tick()
 
     async def attend(self, waiting: Sequence[leases.Waiting]) -> None:
+        full: set[str] = set()  # models without room: nobody overtakes a job that waits for it
         for job in waiting:
-            if len(self.children) < self.settings.runner_slots and job.id not in self.children:
+            if len(self.children) == self.settings.runner_slots:
+                return
+            if job.id in self.children or job.model in full:
+                continue
+            if await has_room(self.database, self.settings, job.id):
                 self.children[job.id] = self.start(job.id)
+            else:
+                full.add(job.model)
 
     def start(self, job_id: str) -> Child:
         return start_supervisor(self.settings, job_id, environment={})

@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECRETS = frozenset(
-    f"HONE_{name}{suffix}" for name in ("SECRET_KEY", "DATABASE_URL", "REDIS_URL") for suffix in ("", "_FILE")
-)
+OURS = ("SECRET_KEY", "DATABASE_URL", "REDIS_URL", "STORAGE_URL", "STORAGE_OPTIONS")
+SECRETS = frozenset(f"HONE_{name}{suffix}" for name in OURS for suffix in ("", "_FILE")) | {
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+}
 FD = "{leash}"  # stands for the leash's descriptor in a command line
 
 

@@ -139,30 +139,6 @@ class Publisher:
         log.info("published %s: %s", served.name, found.as_dict())
         return found
 
-    async def recheck(self, version: int) -> dict[str, str]:
-        """Does every sampler still answer as when `version` was proved? By sampler id: "same" or why nobody knows.
-
-        Raises `PublicationUnproved` when the content behind the name changed.
-        """
-        name, found = self._trained.names[version], {}
-        for station in self._policy.stations(version):
-            seen = self._seen.get(_life(station), Seen()).prints.get(name)
-            if seen is None:
-                found[station.sampler.id] = "no fingerprint was taken"
-                continue
-            async with self._canary.alone(station) as quiet:
-                now = await self._canary.score(station, name, quiet) if quiet.held else None
-            if now is None or quiet.why_not is not None:
-                found[station.sampler.id] = quiet.why_not or "not taken"
-            elif list(map(list, now)) != list(map(list, seen.served)):
-                raise PublicationUnproved(
-                    f"The sampler's answers as {name} changed since it was proved",
-                    {"version": version, "sampler": station.sampler.url, "reason": "content changed behind the name"},
-                )
-            else:
-                found[station.sampler.id] = "same"
-        return found
-
     # --- the proof on one sampler -----------------------------------------------------------------------------------
 
     async def _prove(self, station: Station, version: int, adapter: Adapter) -> None:

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,10 +19,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.checkpoints import names
 from app.core.settings import Settings
 from app.db.engine import Database
+from app.files import service as files
 from app.files.storage import Storage
 from app.jobs.leases import Claim
 from app.samplers.service import LiveSampler, Samplers
+from app.storage.build import open_store
 from workers import devices
+from workers.budget import Budget
 from workers.clock import Clock
 from workers.devices import NotEnoughGpus, TrainerShare
 from workers.evaluation import Evaluations
@@ -35,12 +39,14 @@ from workers.results import table, write_result_file
 from workers.rollouts.congestion import Congestion
 from workers.rollouts.pool import Pool, TooManyFailures
 from workers.rollouts.recorder import Recorder
+from workers.rollouts.shipping import MB, Shipping
 from workers.rollouts.stream import Consumed, RowStream
 from workers.rollouts.trajectory import Setting
 from workers.sampler import engines
 from workers.sampler.policy import ServedPolicy
 from workers.sampler.proof.files import AdapterFiles
-from workers.setup import Inputs, JobFailure, dial_endpoints, read_inputs, write_canary
+from workers.setup import Inputs, JobFailure, check_snapshot, dial_endpoints, read_inputs, write_canary
+from workers.storing import Checkpoints, persist
 from workers.trainer_link import TrainerLink
 from workers.training import Parts, Standing, Training
 from workers.validation import Validator
@@ -60,8 +66,10 @@ class Run:
         self.claim = claim
         self.job = job
         self.dir = settings.jobs_dir / job.id / f"a{fence.attempt}"
+        self.storage = Storage.of(settings)
         self.adapters_dir = settings.adapters_dir / job.id
         self.prefix = f"{job.id}-a{fence.attempt}"
+        self.endpoints = AsyncExitStack()  # the connections to them, once there are any
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
         self.samplers = Samplers(database, settings)
         self.policy = ServedPolicy(self.samplers, database, job.model, self.prefix)
@@ -73,8 +81,16 @@ class Run:
         self.seconds: dict[str, float] = {str(name): float(value) for name, value in (job.seconds or {}).items()}
         self.recorder = Recorder(database, fence, settings.traces_dir, self.seconds)
         self.recorder.on_flush = heartbeat.moved
+        self.shipping = Shipping(
+            open_store(settings, "traces"),
+            settings.traces_dir,
+            job.id,
+            fence.attempt,
+            settings.traces_max_mb_per_job * MB,
+        )
         self.heartbeat = heartbeat
         self.registry = Registry(database, fence)
+        self.budget = Budget(database, fence)
         self.final_name = names.fine_tuned(job.model, settings.organization_id, job.suffix, job.id)
         cursor = claim.snapshot.cursor if claim.snapshot else {}
         self.standing = Standing(
@@ -86,9 +102,10 @@ class Run:
         )
 
     async def execute(self) -> None:
-        """Run with the flusher and the pin keeper beside; a lost lease in either ends the run."""
+        """Run with the flusher, the pin keeper and the shipping of traces beside; a lost lease in one ends the run."""
         main = asyncio.create_task(self._main(), name="run")
-        beside = [asyncio.create_task(self.recorder.run()), asyncio.create_task(self.policy.keep())]
+        duties = (self.recorder.run(), self.policy.keep(), self.shipping.run(lambda: self.standing.step))
+        beside = [asyncio.create_task(duty) for duty in duties]
         try:
             done, _ = await asyncio.wait([main, *beside], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -101,6 +118,7 @@ class Run:
     async def close(self) -> None:
         """The last call, however the attempt ended: give back what it holds, close what it opened."""
         await self.give_back()
+        await self.endpoints.aclose()
         await self.samplers.close()
         self.executor.shutdown(wait=False, cancel_futures=True)
 
@@ -112,10 +130,13 @@ class Run:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self.policy.retire_all()
-            if await self.registry.job_is_over():
+            over = await self.registry.job_is_over()
+            if over:
                 job_dir = self.settings.jobs_dir / self.job.id
                 leftovers = [self.adapters_dir, *job_dir.glob("a*/snapshots"), *job_dir.glob("a*/batches")]
                 await asyncio.to_thread(_remove, leftovers)
+            async with asyncio.timeout(CLOSE_S):
+                await self.shipping.finish(over=over)
         except (TimeoutError, SQLAlchemyError) as error:
             log.warning("%s: left files behind: %s", self.prefix, error)
 
@@ -155,12 +176,18 @@ class Run:
                 publisher=publisher,
                 recorder=self.recorder,
                 registry=self.registry,
+                budget=self.budget,
                 evaluations=Evaluations(
                     Validator(pool, self.recorder, inputs.valid, plan.eval_samples),
                     self.registry,
                     self.policy,
                     {"job": self.job.id, "base_model": self.job.model},
-                    self.settings.checkpoints_dir / self.job.id / f"a{self.claim.fence.attempt}",
+                    Checkpoints(
+                        open_store(self.settings, "checkpoints"),
+                        self.settings.checkpoints_dir,
+                        self.job.id,
+                        self.claim.fence.attempt,
+                    ),
                 ),
                 final_name=self.final_name,
                 batches=self.dir / "batches",
@@ -185,7 +212,11 @@ class Run:
     async def _prepare(self) -> Inputs:
         with Clock(self.seconds).phase("startup"):
             self.recorder.activity("reading files and dialling endpoints")
-            inputs = await read_inputs(self.settings, self.job, self.executor)
+            async with self.database.read() as session:
+                wanted = filter(None, [self.job.training_file, self.job.validation_file])
+                shelf = await files.shelf(session, self.storage, wanted)
+            inputs = await read_inputs(self.settings, self.job, shelf, self.executor)
+            self.endpoints.push_async_callback(inputs.http.aclose)
             await dial_endpoints(inputs)
             if self.claim.fence.attempt == 1:
                 for warning in inputs.model_warnings:
@@ -204,7 +235,10 @@ class Run:
             await self.policy.clear_leftovers(self.job.id, self.adapters_dir)
             share, launch = await asyncio.to_thread(_devices, self.settings)
             self.trainer.use(share.environment())
+            await self.budget.holds(len(share.gpus))
             self.recorder.activity("starting the trainer")
+            if self.standing.snapshot[0]:
+                await asyncio.to_thread(check_snapshot, *self.standing.snapshot)
             self.trainer.on_progress = lambda progress: self.recorder.activity(f"the trainer: {progress.phase}")
             ready = await self.trainer.start(
                 Start(
@@ -252,9 +286,8 @@ class Run:
 
     async def _finish(self) -> None:
         """Result file and final model."""
-        storage = Storage(self.settings.files_dir)
         text = table(await self.registry.metrics_history())
-        result_file, stored = await asyncio.to_thread(write_result_file, storage, text)
+        result_file, stored = await persist(lambda: write_result_file(self.storage, text))
         await self.recorder.finish()
         await asyncio.to_thread(self.heartbeat.stop)  # or it would find the lease gone and call that a loss
         await self.registry.succeeded(self.final_name, result_file, stored)

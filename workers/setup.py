@@ -7,6 +7,7 @@ before any worker was claimed. What is wrong here fails the job before anything 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -18,7 +19,7 @@ from app.core.errors import ServiceError
 from app.core.settings import Settings
 from app.db.tables import Job
 from app.files import jsonl
-from app.files.storage import Storage
+from app.files.storage import Shelf
 from app.graders.base import Grader
 from app.graders.build import build_grader
 from app.graders.schemas import parse_grader
@@ -26,10 +27,12 @@ from app.jobs.headers import open_headers
 from app.jobs.plan import Plan
 from app.models.catalogue import BaseModel, Catalogue, ModelError
 from app.net.clients import HttpClient, guarded_client
+from app.net.endpoint import Mask
 from app.net.guard import EgressPolicy
 from app.rendering.protocol import ChatRenderer
 from app.rendering.registry import load_renderer
 from app.security.vault import load_vault
+from app.storage.errors import ObjectDamaged, ObjectMissing
 from app.tools.http import EndpointUnreachable, ToolEndpoint, dial
 from app.tools.schemas import parse_tools
 from workers.rollouts.types import Limits, Row
@@ -70,8 +73,8 @@ class Inputs:
     model_warnings: Sequence[str] = ()  # of the check of its chat format at registration
 
 
-async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Inputs:
-    """Read and check everything. Raises `JobFailure`."""
+async def read_inputs(settings: Settings, job: Job, files: Shelf, executor: Executor) -> Inputs:
+    """Read and check everything. Raises `JobFailure`, `StorageUnavailable`."""
     plan = Plan.from_dict(job.plan or {})
     catalogue = Catalogue(settings.models_dir)
     try:
@@ -90,12 +93,12 @@ async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Input
         spec = parse_grader(reinforcement["grader"])
     except ServiceError as error:
         raise JobFailure("invalid_method", error.message, error.param) from error
-    storage = Storage(settings.files_dir)
+    mask = Mask.of(*(tool.headers for tool in tools), *spec.secrets())  # one server may know the secrets of another
     loop = asyncio.get_running_loop()
-    train = await loop.run_in_executor(executor, _read_rows, storage, job.training_file)
-    valid = (
-        await loop.run_in_executor(executor, _read_rows, storage, job.validation_file) if job.validation_file else []
-    )
+    train = await loop.run_in_executor(executor, _read_rows, files, job.training_file, "training_file")
+    valid: list[Row] = []
+    if job.validation_file:
+        valid = await loop.run_in_executor(executor, _read_rows, files, job.validation_file, "validation_file")
     renderer = await loop.run_in_executor(executor, load_renderer, model)
     return Inputs(
         job=job,
@@ -105,8 +108,8 @@ async def read_inputs(settings: Settings, job: Job, executor: Executor) -> Input
         valid=valid,
         renderer=renderer,
         http=http,
-        endpoints={t.name: ToolEndpoint(t.name, t.server_url, dict(t.headers)) for t in tools},
-        grader=build_grader(spec, http, timeout_s=plan.grader_timeout_s),
+        endpoints={tool.name: tool.endpoint(mask) for tool in tools},
+        grader=build_grader(spec, http, timeout_s=plan.grader_timeout_s, mask=mask),
         grader_urls=_urls(reinforcement["grader"], "method.reinforcement.grader"),
         limits=Limits(
             max_steps=plan.max_episode_steps,
@@ -148,15 +151,28 @@ async def dial_endpoints(inputs: Inputs) -> None:
     await asyncio.gather(*(one(url, param) for url, param in by_url.items()))
 
 
+def check_snapshot(directory: str, sha256: str) -> None:
+    """Its manifest is the one that the step's row names; the trainer checks the files by it. Blocking.
+
+    Raises `JobFailure`; and `OSError` where it cannot be read, which may pass.
+    """
+    manifest = Path(directory) / "manifest.json"
+    if hashlib.sha256(manifest.read_bytes()).hexdigest() != sha256:
+        raise JobFailure("snapshot_changed", f"{manifest} is not what was registered with its step")
+
+
 def write_canary(path: Path, canary: list[list[int]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(canary))
     return str(path)
 
 
-def _read_rows(storage: Storage, file_id: str) -> list[Row]:
-    with storage.open(file_id) as file:
-        return [Row(line - 1, item) for line, item in jsonl.rows(file) if not isinstance(item, jsonl.BadRow)]
+def _read_rows(files: Shelf, file_id: str, param: str) -> list[Row]:
+    try:
+        with files.open(file_id) as file:
+            return [Row(line - 1, item) for line, item in jsonl.rows(file) if not isinstance(item, jsonl.BadRow)]
+    except (ObjectMissing, ObjectDamaged) as error:
+        raise JobFailure(f"invalid_{param}", f"File {file_id} can no longer be read: {error}", param) from error
 
 
 def _urls(grader: Mapping[str, Any], where: str) -> dict[str, str]:

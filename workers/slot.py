@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.settings import Settings
 from app.core.states import JobStatus
@@ -23,7 +24,9 @@ from app.jobs.doorbell import queue_of
 from app.jobs.validation_service import validate_job
 from app.models.catalogue import Catalogue
 from workers.daemon import Daemon
-from workers.doors import GRACE_S, SUPERVISOR, bury, start_supervisor
+from workers.doors import GRACE_S, SUPERVISOR, bury, has_room, start_supervisor
+from workers.leftovers import end_leftovers
+from workers.presence import Presence
 
 log = logging.getLogger("hone.slot")
 
@@ -50,26 +53,46 @@ class Slot(Daemon):
         self.database = Database(settings.database)
         self.catalogue = Catalogue(settings.models_dir)
         self.taken = asyncio.Lock()
+        self.presence = Presence(self.database, "worker", settings.hostname)
+        self.beating: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        self.beating = asyncio.create_task(self.keep_beating())
+
+    async def keep_beating(self) -> None:
+        """Beside the passes: one lasts as long as a job. The first beat makes the row."""
+        while True:
+            try:
+                await self.presence.beat()
+                await end_leftovers(self.database, self.settings)
+            except SQLAlchemyError as error:
+                log.warning("no sign of life: the database refused: %s", error)
+            await asyncio.sleep(self.beat_s)
 
     async def tick(self) -> None:
         """Take what waits in our queues. The list grows old while a job runs; `take` looks at each row again."""
         async with self.database.read() as session:
             waiting = await leases.waiting(session)
+        full: set[str] = set()  # models without room: nobody overtakes a job that waits for it
         for job in waiting:
-            if queue_of(self.settings.queues, job.model) in self.queues:
-                await self.take(job.id)
+            ours = queue_of(self.settings.queues, job.model) in self.queues and job.model not in full
+            if ours and not await self.take(job.id):
+                full.add(job.model)
 
-    async def take(self, job_id: str) -> None:
-        """Once the slot is free: do what the row asks for, until it is done or we stop."""
+    async def take(self, job_id: str) -> bool:
+        """Once the slot is free: do what the row asks for, until it is done or we stop. False: there was no room."""
         async with self.taken:
             if self.stopping.is_set():
-                return
+                return True
             if await self.status(job_id) == JobStatus.VALIDATING:
                 await self.unless_stopped(
                     validate_job(self.database, self.settings, self.catalogue, job_id, self.owner)
                 )
             if await self.status(job_id) == JobStatus.QUEUED and not self.stopping.is_set():
+                if not await has_room(self.database, self.settings, job_id):
+                    return False
                 await self.supervise(job_id)
+            return True
 
     async def status(self, job_id: str) -> str | None:
         async with self.database.read() as session:
@@ -98,4 +121,10 @@ class Slot(Daemon):
 
     async def shut_down(self) -> None:
         async with self.taken:  # what a ring began ends first
-            await self.database.close()
+            if self.beating is not None:
+                self.beating.cancel()
+                await asyncio.gather(self.beating, return_exceptions=True)
+            try:
+                await self.presence.leave()
+            finally:
+                await self.database.close()

@@ -20,8 +20,13 @@ from app.db.engine import Database
 from app.jobs import leases
 from app.jobs.leases import Claim, LeaseLost
 from app.samplers.errors import SamplerError
+from app.storage.errors import StorageUnavailable
 from workers import leash
+from workers.budget import BudgetSpent
 from workers.heartbeat import Heartbeat
+from workers.identity import MARK
+from workers.leftovers import SUPERVISOR, end_leftovers
+from workers.presence import Presence
 from workers.publication import PublicationUnproved
 from workers.registry import Registry
 from workers.rollouts.collector import spare_live_objects
@@ -31,11 +36,23 @@ from workers.trainer_link import TrainerDied
 
 log = logging.getLogger("hone.supervisor")
 
+STOP_S = 3.0  # for a trainer to end by itself; one that is in a step has nothing to give that would be kept
+
 
 async def supervise(settings: Settings, job_id: str, leash_fd: int | None) -> int:
     """Exit code: 0 the job ended or is somebody else's, 1 it was put back or failed by a crash."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if leash_fd is not None:
+        leash.watch(leash_fd, lambda: loop.call_soon_threadsafe(stop.set))
     database = Database(settings.database)
+    presence = Presence(database, SUPERVISOR, settings.hostname, job_id)
     try:
+        await end_leftovers(database, settings)
+        if stop.is_set():
+            return 0
         async with database.begin() as session:
             claim = await leases.claim(
                 session,
@@ -44,24 +61,23 @@ async def supervise(settings: Settings, job_id: str, leash_fd: int | None) -> in
                 lease_s=settings.lease_seconds,
                 adapter_slots=settings.sampler_max_adapters,
             )
+            if claim is not None:
+                await presence.enter(session)
         if claim is None:
             log.info("%s is not to be had", job_id)
             return 0
         with hone_logging.bound(job_id=job_id, attempt=claim.fence.attempt):
             log.info("claimed %s, attempt %d", job_id, claim.fence.attempt)
-            return await _run(settings, database, claim, leash_fd)
+            code = await _run(settings, database, claim, presence, stop)
+            await presence.leave()  # only now: a trainer that we could not end is for the next one to end
+            return code
     finally:
         await database.close()
 
 
-async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: int | None) -> int:
+async def _run(settings: Settings, database: Database, claim: Claim, presence: Presence, stop: asyncio.Event) -> int:
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
     lost: list[str] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if leash_fd is not None:
-        leash.watch(leash_fd, lambda: loop.call_soon_threadsafe(stop.set))
 
     def on_lost(reason: str) -> None:
         # From the heartbeat's thread, perhaps with a hung loop: end the trainer here and now.
@@ -69,8 +85,12 @@ async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: i
         run.trainer.kill_group()
         loop.call_soon_threadsafe(stop.set)
 
-    heartbeat = Heartbeat(settings.database, claim.fence, settings.lease_seconds, on_lost)
+    heartbeat = Heartbeat(
+        settings.database, claim.fence, settings.lease_seconds, on_lost, beside=presence.beat_from_thread
+    )
     run = Run(settings, database, claim, heartbeat)
+    run.trainer.use({MARK: presence.id})
+    run.trainer.on_spawned = presence.trainer_started
     heartbeat.start()
     work = asyncio.create_task(run.execute())
     asked = asyncio.create_task(stop.wait())
@@ -80,7 +100,7 @@ async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: i
             work.cancel()
         await asyncio.gather(work, return_exceptions=True)
         asked.cancel()
-        await run.trainer.stop()
+        await run.trainer.stop(0.0 if lost or _lost_lease(work) else STOP_S)
         if lost:
             log.warning("%s: %s", claim.job.id, lost[0])
             return 0
@@ -91,6 +111,11 @@ async def _run(settings: Settings, database: Database, claim: Claim, leash_fd: i
     finally:
         heartbeat.stop()
         await run.close()
+
+
+def _lost_lease(work: asyncio.Task[None]) -> bool:
+    """Cancelled, paused or taken by another: nobody waits for what the trainer is doing."""
+    return not work.cancelled() and isinstance(work.exception(), LeaseLost)
 
 
 async def _conclude(settings: Settings, database: Database, claim: Claim, work: asyncio.Task[None]) -> int:
@@ -109,6 +134,16 @@ async def _conclude(settings: Settings, database: Database, claim: Claim, work: 
         log.error("%s paused: %s", claim.job.id, error)
         async with database.begin() as session:
             await leases.pause(session, claim.fence, reason=error.message, data=dict(error.detail or {}))
+        return 0
+    if isinstance(error, BudgetSpent):
+        log.warning("%s paused: %s", claim.job.id, error)
+        async with database.begin() as session:
+            await leases.pause(session, claim.fence, reason=str(error), data=error.data, level="warn")
+        return 0
+    if isinstance(error, StorageUnavailable):
+        log.error("%s paused: %s", claim.job.id, error)
+        async with database.begin() as session:
+            await leases.pause(session, claim.fence, reason=f"{error}. Resume the job once it works again")
         return 0
     registry = Registry(database, claim.fence)
     if isinstance(error, JobFailure):

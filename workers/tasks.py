@@ -94,7 +94,8 @@ def serve(
         leash.watch(leash_fd, lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         celery.worker_main(
-            ["worker", "--queues", ",".join(sorted(queues)), "--hostname", f"hone-{os.getpid()}@{settings.hostname}",
+            ["--quiet",  # the banner is no line of a log
+             "worker", "--queues", ",".join(sorted(queues)), "--hostname", f"hone-{os.getpid()}@{settings.hostname}",
              "--without-gossip", "--without-mingle", "--without-heartbeat"]
         )  # fmt: skip
     finally:

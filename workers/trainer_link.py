@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from workers import messages
@@ -28,6 +28,10 @@ class TrainerDied(Exception):
 
 class TrainerSilent(TrainerDied):
     """No message within the limit: hung. Its process group was killed."""
+
+
+async def _nothing(pid: int) -> None:
+    pass
 
 
 class TrainerLink:
@@ -49,6 +53,7 @@ class TrainerLink:
         self._reader: asyncio.StreamReader | None = None
         self._transport: asyncio.BaseTransport | None = None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
+        self.on_spawned: Callable[[int], Awaitable[None]] = _nothing  # its id, before it is told anything
 
     def use(self, environment: Mapping[str, str]) -> None:
         """Add to the environment of the process, before it is started: which devices it may see."""
@@ -66,6 +71,7 @@ class TrainerLink:
         # The commands' pipe is the leash: its end-of-file makes the trainer kill its own group.
         self._child = await asyncio.to_thread(self._spawn, answer_write)
         os.close(answer_write)
+        await self.on_spawned(self._child.pid)
         loop = asyncio.get_running_loop()
         self._reader = asyncio.StreamReader(limit=messages.MAX_LINE_BYTES * 2)
         protocol = asyncio.StreamReaderProtocol(self._reader)

@@ -18,6 +18,7 @@ from typing import Any
 from app.checkpoints import names
 from app.core.states import RolloutState
 from workers.batch import write_batch
+from workers.budget import Budget
 from workers.clock import Clock
 from workers.diagnosis import JobTimes, StepTimes, spent, tool_facts
 from workers.evaluation import Evaluations
@@ -78,6 +79,7 @@ class Parts:
     publisher: Publisher
     recorder: Recorder
     registry: Registry
+    budget: Budget
     evaluations: Evaluations
     final_name: str
     batches: Path
@@ -105,7 +107,7 @@ class Training:
         self._began = time.monotonic()  # this step
 
     async def run(self) -> None:
-        """Raises `JobFailure`, `TooManyFailures`, `TrainerDied`, `LeaseLost`, …"""
+        """Raises `JobFailure`, `TooManyFailures`, `TrainerDied`, `LeaseLost`, `BudgetSpent`, …"""
         parts = self._p
         parts.recorder.describe = self._describe
         parts.recorder.present = self._present
@@ -115,6 +117,7 @@ class Training:
             await self._resume_evaluation()
             parts.pipeline.advance(self._at.step, self._at.version)
             while self._at.step < self._plan.total_steps:
+                await parts.budget.check()
                 await self._step()
             self._doing = "waiting for the last validation"
             await self._evaluated(Clock(parts.recorder.seconds))

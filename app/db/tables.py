@@ -92,6 +92,7 @@ class Job(Base):
         CheckConstraint("status = 'running' OR lease_owner IS NULL OR status = 'validating_files'", name="lease"),
         CheckConstraint("attempt >= 0 AND step >= 0 AND crashes >= 0", name="counters"),
         CheckConstraint("reserved_slots = 0 OR status = 'running'", name="slots"),
+        CheckConstraint("running_since IS NULL OR status = 'running'", name="running_since"),
         Index("ix_jobs_status_created", "status", "created_at"),
         Index("ix_jobs_project_created", "project_id", "created_at"),
     )
@@ -122,6 +123,10 @@ class Job(Base):
     crashes: Mapped[int] = mapped_column(default=0)  # since the last finished step
     reserved_slots: Mapped[int] = mapped_column(default=0)  # adapter slots this run holds on its sampler
     queue_reason: Mapped[str | None] = mapped_column(Text)
+    running_since: Mapped[float | None]  # the claim of this attempt; what came before is in `gpu_seconds`
+    gpus: Mapped[int] = mapped_column(default=1)  # that this attempt holds; 1 on a host without
+    gpu_seconds: Mapped[float] = mapped_column(default=0.0)  # of ended attempts, see app.jobs.meter
+    gpu_seconds_limit: Mapped[float | None]  # granted by a resume; before, the limit is in `options`
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
     activity: Mapped[str | None] = mapped_column(Text)
@@ -274,6 +279,15 @@ class AdapterPin(Base):
     pinned_until: Mapped[float]
 
 
+class Duty(Base):
+    """Work that recurs, for whoever moves `due_at` on first; one that dies at it costs no more than one round."""
+
+    __tablename__ = "duties"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str]
+    due_at: Mapped[float]
+
+
 class IdempotencyKey(Base):
     """A create that was answered: the same request again gets the same answer (contract §1.3)."""
 
@@ -288,15 +302,24 @@ class IdempotencyKey(Base):
     created_at: Mapped[float]
 
 
-class Process(Base):
-    """Runner and keeper processes that are alive: `GET /healthz` is 200 only with a fresh runner."""
+class Worker(Base):
+    """A process that lives long: runner or janitor, worker, keeper, supervisor. `GET /healthz` asks for a fresh runner.
 
-    __tablename__ = "processes"
+    Its row goes with it. The row of one that was killed says which groups it may have left behind.
+    """
+
+    __tablename__ = "workers"
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str]
     kind: Mapped[str]
     host: Mapped[str]
+    place: Mapped[str]  # boot and pid namespace: where the numbers below mean something
     pid: Mapped[int]
+    process_group: Mapped[int]
+    process_started: Mapped[int] = mapped_column(BigInteger)  # clock ticks; tells a process from a later one of this id
+    job_id: Mapped[str | None]  # of a supervisor
+    trainer_pid: Mapped[int | None]  # leads the trainer's group
+    trainer_started: Mapped[int | None] = mapped_column(BigInteger)
     started_at: Mapped[float]
     heartbeat: Mapped[float]
 

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.states import JobStatus, RolloutState
 from app.db.engine import alone, now, rows_changed
 from app.db.tables import Job, Rollout, Snapshot
-from app.jobs import events, state
+from app.jobs import events, meter, state
 from app.webhooks import outbox
 
 
@@ -62,7 +62,7 @@ async def waiting(session: AsyncSession, limit: int = 1000) -> Sequence[Waiting]
 async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: float, adapter_slots: int) -> Claim | None:
     """Try to own `job_id`. None if it is not queued, someone was faster, or its sampler has no free adapter slots.
 
-    `adapter_slots`: what one sampler holds; a run reserves `max_staleness + 2`, chat keeps one (design §6.2).
+    `adapter_slots`: what one sampler holds, see `shortage`.
     The same transaction closes what the dead left open: rollouts without an end become `lost`, those finished above the
     snapshot become `rolled_back`.
     """
@@ -72,16 +72,9 @@ async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: floa
     if job is None:
         return None
     await alone(session, f"adapter slots of {job.model}")
-    wanted = int((job.plan or {}).get("max_staleness", 0)) + 2
-    held = await session.scalar(
-        select(func.coalesce(func.sum(Job.reserved_slots), 0)).where(
-            Job.status == JobStatus.RUNNING, Job.model == job.model
-        )
-    )
-    if (held or 0) + wanted > adapter_slots - 1:
-        job.queue_reason = (
-            f"waits for adapter slots: {wanted} needed, {adapter_slots - 1 - (held or 0)} of {adapter_slots - 1} free"
-        )
+    short = await shortage(session, job, adapter_slots)
+    if short is not None:
+        job.queue_reason = short
         return None
     state.check(JobStatus(job.status), JobStatus.RUNNING, state.Actor.WORKER)
     attempt = job.attempt + 1
@@ -95,10 +88,11 @@ async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: floa
             lease_owner=owner,
             lease_until=now() + lease_s,
             started_at=func.coalesce(Job.started_at, now()),
-            reserved_slots=wanted,
+            reserved_slots=_slots(job),
             queue_reason=None,
             activity="starting",
             activity_at=now(),
+            **meter.begins(),
         ),
     )
     if won != 1:
@@ -115,6 +109,30 @@ async def claim(session: AsyncSession, job_id: str, *, owner: str, lease_s: floa
     message = "Fine-tuning job started" if attempt == 1 else f"Fine-tuning job resumed from step {job.step}"
     await events.append(session, project_id=job.project_id, job_id=job_id, message=message, data={"attempt": attempt})
     return Claim(job, fence, snapshot)
+
+
+async def shortage(session: AsyncSession, job: Job, adapter_slots: int) -> str | None:
+    """Why its sampler has no adapter slots for this job now; None: it has.
+
+    Of the `adapter_slots` that a sampler holds chat keeps one (design §6.2).
+    """
+    query = select(func.coalesce(func.sum(Job.reserved_slots), 0)).where(
+        Job.status == JobStatus.RUNNING, Job.model == job.model
+    )
+    wanted, free = _slots(job), adapter_slots - 1 - (await session.scalar(query) or 0)
+    return f"waits for adapter slots: {wanted} needed, {free} of {adapter_slots - 1} free" if wanted > free else None
+
+
+def _slots(job: Job) -> int:
+    """One for each version that may be sampled from, one for the version that is being published."""
+    return int((job.plan or {}).get("max_staleness", 0)) + 2
+
+
+async def note_shortage(session: AsyncSession, job_id: str, reason: str) -> None:
+    """What a refused claim would have written, by a door that saw the refusal coming."""
+    await rows_changed(
+        session, update(Job).where(Job.id == job_id, Job.status == JobStatus.QUEUED).values(queue_reason=reason)
+    )
 
 
 async def _close_rollouts(session: AsyncSession, job_id: str, resume_step: int) -> None:
@@ -182,9 +200,21 @@ async def expire(session: AsyncSession, job_id: str, owner: str) -> None:
     await session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.lease_owner == owner)
-        .values(lease_until=0.0)
+        .values(lease_until=case((Job.lease_until < now(), Job.lease_until), else_=now()))
         .execution_options(synchronize_session=False)
     )
+
+
+def given_up() -> dict[str, Any]:
+    """What every end of a run writes: the worker, and what it held, are off the row."""
+    return {
+        "lease_owner": None,
+        "lease_until": None,
+        "reserved_slots": 0,
+        "activity": None,
+        "activity_at": None,
+        **meter.ends(),
+    }
 
 
 async def crash_count(session: AsyncSession, fence: Fence) -> int:
@@ -196,17 +226,7 @@ async def release(session: AsyncSession, fence: Fence, *, reason: str, crashes: 
     """running → queued: another worker goes on from the last snapshot. `crashes` sets the crash count."""
     state.check(JobStatus.RUNNING, JobStatus.QUEUED, state.Actor.WORKER)
     values: dict[str, Any] = {} if crashes is None else {"crashes": crashes}
-    await fenced(
-        session,
-        fence,
-        status=JobStatus.QUEUED,
-        lease_owner=None,
-        lease_until=None,
-        reserved_slots=0,
-        activity=None,
-        activity_at=None,
-        **values,
-    )
+    await fenced(session, fence, status=JobStatus.QUEUED, **given_up(), **values)
     level: events.Level = "info" if crashes is None else "warn"
     await events.append(
         session,
@@ -231,16 +251,8 @@ async def pause(
     event and for `hone.activity`, `data` its numbers. Raises `LeaseLost`.
     """
     state.check(JobStatus.RUNNING, JobStatus.PAUSED, state.Actor.WORKER)
-    await fenced(
-        session,
-        fence,
-        status=JobStatus.PAUSED,
-        lease_owner=None,
-        lease_until=None,
-        reserved_slots=0,
-        activity=f"paused: {reason}",
-        activity_at=now(),
-    )
+    shown = {"activity": f"paused: {reason}", "activity_at": now()}
+    await fenced(session, fence, status=JobStatus.PAUSED, **{**given_up(), **shown})
     await close_open_rollouts(session, fence.job_id)
     step = await session.scalar(select(Job.step).where(Job.id == fence.job_id))
     await events.append(
@@ -257,18 +269,7 @@ async def pause(
 async def finish(session: AsyncSession, fence: Fence, status: JobStatus, **values: Any) -> None:
     """running → succeeded | failed, with whatever else belongs on the row (error, fine_tuned_model, …)."""
     state.check(JobStatus.RUNNING, status, state.Actor.WORKER)
-    await fenced(
-        session,
-        fence,
-        status=status,
-        finished_at=now(),
-        lease_owner=None,
-        lease_until=None,
-        reserved_slots=0,
-        activity=None,
-        activity_at=None,
-        **values,
-    )
+    await fenced(session, fence, status=status, finished_at=now(), **given_up(), **values)
     await close_open_rollouts(session, fence.job_id)
     await outbox.enqueue(session, fence.job_id, status)
 

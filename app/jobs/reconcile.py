@@ -21,7 +21,7 @@ async def take_back_expired(session: AsyncSession, max_crashes: int) -> list[str
     Returns the ids that were queued again. Any number of copies may run: the UPDATE names the attempt it saw.
     """
     query = (
-        select(Job).where(Job.status == JobStatus.RUNNING, Job.lease_until < now()).with_for_update(skip_locked=True)
+        select(Job).where(Job.status == JobStatus.RUNNING, Job.lease_until <= now()).with_for_update(skip_locked=True)
     )
     again: list[str] = []
     for job in (await session.scalars(query)).all():
@@ -43,12 +43,8 @@ async def take_back_expired(session: AsyncSession, max_crashes: int) -> list[str
                 status=target,
                 crashes=crashes,
                 error=error,
-                lease_owner=None,
-                lease_until=None,
-                reserved_slots=0,
-                activity=None,
-                activity_at=None,
                 finished_at=None if error is None else now(),
+                **leases.given_up(),
             ),
         )
         if result != 1:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.states import TERMINAL, JobStatus
 from app.db.engine import now, rows_changed
 from app.db.tables import Event, File, Job, Rollout
+from app.jobs import leases
 
 Counts = dict[str, dict[str, int]]  # job id → rollout state → number
 
@@ -35,6 +36,8 @@ async def add(session: AsyncSession, **values: Any) -> None:
             attempt=0,
             crashes=0,
             reserved_slots=0,
+            gpus=1,
+            gpu_seconds=0.0,
             step=0,
             trained_tokens=0,
             result_files=[],
@@ -93,13 +96,9 @@ async def cancel(session: AsyncSession, project_id: str, job_id: str) -> bool:
         .values(
             status=JobStatus.CANCELLED,
             attempt=Job.attempt + 1,
-            lease_owner=None,
-            lease_until=None,
-            reserved_slots=0,
             queue_reason=None,
-            activity=None,
-            activity_at=None,
             finished_at=now(),
+            **leases.given_up(),
         ),
     )
     return changed == 1
@@ -115,24 +114,24 @@ async def pause(session: AsyncSession, project_id: str, job_id: str) -> bool:
         .values(
             status=JobStatus.PAUSED,
             attempt=case((running, Job.attempt + 1), else_=Job.attempt),
-            lease_owner=None,
-            lease_until=None,
-            reserved_slots=0,
             queue_reason=None,
-            activity="paused by a client",
-            activity_at=now(),
+            **{**leases.given_up(), "activity": "paused by a client", "activity_at": now()},
         ),
     )
     return changed == 1
 
 
-async def resume(session: AsyncSession, project_id: str, job_id: str) -> bool:
-    """paused → queued. The crash budget starts anew: somebody looked at the job and wants it to go on."""
+async def resume(session: AsyncSession, project_id: str, job_id: str, gpu_seconds_limit: float | None) -> bool:
+    """paused → queued. The crash budget starts anew: somebody looked at the job and wants it to go on.
+
+    `gpu_seconds_limit`: raise the budget of GPU hours to this; None: it stays.
+    """
+    raised = {} if gpu_seconds_limit is None else {"gpu_seconds_limit": gpu_seconds_limit}
     changed = await rows_changed(
         session,
         update(Job)
         .where(Job.id == job_id, Job.project_id == project_id, Job.status == JobStatus.PAUSED)
-        .values(status=JobStatus.QUEUED, crashes=0, activity=None, activity_at=None),
+        .values(status=JobStatus.QUEUED, crashes=0, activity=None, activity_at=None, **raised),
     )
     return changed == 1
 

@@ -154,6 +154,7 @@ class HoneOptions(BaseModel):
     importance_range: Annotated[tuple[float, float] | Off, BeforeValidator(_range)] | None = None  # default [0.5, 2]
     max_sequence_tv: Annotated[float | Off, BeforeValidator(_positive_or_off)] | None = None  # default 0.25
     on_no_signal: Literal["stop", "continue"] | None = None  # steps in a row that teach nothing; default stop
+    max_gpu_hours: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None  # then it pauses
 
 
 _MetadataKey = Annotated[str, StringConstraints(max_length=64)]

@@ -19,7 +19,7 @@ from app.core.ids import new_id
 from app.core.paging import Page
 from app.core.states import JobStatus
 from app.db.tables import Event, File, Job
-from app.jobs import events, idempotency, leases, repository, state
+from app.jobs import events, idempotency, leases, meter, repository, state
 from app.jobs.headers import Vault, seal_headers
 from app.jobs.idempotency import Attempt
 from app.jobs.parse import JobSpec
@@ -223,21 +223,26 @@ async def pause(session: AsyncSession, project_id: str, job_id: str) -> None:
 
 
 async def resume(session: AsyncSession, project_id: str, job_id: str) -> None:
-    """paused → queued: the next worker goes on from the last snapshot. Raises NotFound, InvalidRequest."""
+    """paused → queued: the next worker goes on from the last snapshot. Raises NotFound, InvalidRequest.
+
+    A job whose budget of GPU hours is spent is granted as much again: whoever resumes it wants it to go on.
+    """
     job = await _get(session, project_id, job_id)
+    granted = meter.granted_s(job)
     allowed = state.allowed(JobStatus(job.status), JobStatus.QUEUED, state.Actor.CLIENT)
-    if not allowed or not await repository.resume(session, project_id, job_id):
+    if not allowed or not await repository.resume(session, project_id, job_id, granted):
         await session.refresh(job)
         raise InvalidRequest(
             f'Cannot resume a job {job_id} that has status "{job.status}"; only a paused job can be resumed.'
         )
     await session.refresh(job)
-    await events.append(
-        session,
-        project_id=project_id,
-        job_id=job_id,
-        message=f"Resume requested; the job is queued and goes on from step {job.step}",
-    )
+    more, data = "", None
+    if granted is not None:
+        spent, limit = job.gpu_seconds / meter.HOUR_S, granted / meter.HOUR_S
+        more = f"; its budget is raised to {limit:.4g} GPU hours, {spent:.4g} are spent"
+        data = {"gpu_hours": round(spent, 6), "max_gpu_hours": round(limit, 6)}
+    message = f"Resume requested; the job is queued and goes on from step {job.step}{more}"
+    await events.append(session, project_id=project_id, job_id=job_id, message=message, data=data)
 
 
 async def list_events(

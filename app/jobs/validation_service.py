@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.db.tables import Job
 from app.files import jsonl
-from app.files.storage import Storage
+from app.files import service as files
+from app.files.storage import Shelf, Storage
 from app.graders.schemas import parse_grader
 from app.jobs import events, leases
 from app.jobs.headers import mask_headers
@@ -27,6 +28,7 @@ from app.jobs.validation import FileReport, Refusal, TooSlow, refusal, validate_
 from app.models.catalogue import BaseModel, Catalogue, ModelError
 from app.rendering.protocol import ChatRenderer, MessageNotRenderable, RenderingError
 from app.rendering.registry import load_renderer
+from app.storage.errors import ObjectDamaged, ObjectMissing, StorageUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,10 @@ async def validate_job(
     *,
     load: Callable[[BaseModel], ChatRenderer] = load_renderer,
 ) -> None:
-    """Claim, read in a thread, finish. Returns at once when someone else reads; a job cancelled meanwhile stays so."""
+    """Claim, read in a thread, finish. Returns at once when someone else reads; a job cancelled meanwhile stays so.
+
+    While storage does not answer the job waits: it is read again once this lease has run out.
+    """
     async with database.begin() as session:
         job = await leases.claim_validation(session, job_id, owner, LEASE_S)
         if job is None:
@@ -63,9 +68,15 @@ async def validate_job(
             job_id=job_id,
             message=f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
         )
+        shelf = await files.shelf(
+            session, Storage.of(settings), [job.training_file, *filter(None, [job.validation_file])]
+        )
     stop = threading.Event()
     try:
-        outcome = await asyncio.to_thread(_validate, job, settings, catalogue, load, stop)
+        outcome = await asyncio.to_thread(_validate, job, settings, shelf, catalogue, load, stop)
+    except StorageUnavailable as error:
+        log.warning("job %s: its files cannot be read now: %s", job_id, error)
+        return
     except Exception:  # our bug: the log has it, and the job must not come back every five minutes for ever
         log.exception("job %s: checking its files failed", job_id)
         message = "The files could not be checked because of an internal error; the server's log has the details"
@@ -78,6 +89,7 @@ async def validate_job(
 def _validate(
     job: Job,
     settings: Settings,
+    shelf: Shelf,
     catalogue: Catalogue,
     load: Callable[[BaseModel], ChatRenderer],
     stop: threading.Event,
@@ -89,7 +101,7 @@ def _validate(
     except (ModelError, RenderingError) as error:
         return Outcome(None, Refusal("model_not_usable", str(error), "model", {}))
     context = min(model.context, settings.sampler_max_model_len)
-    return read_files(job, Storage(settings.files_dir), model, PromptCheck(renderer, context), stop)
+    return read_files(job, shelf, model, PromptCheck(renderer, context), stop)
 
 
 @dataclass(frozen=True)
@@ -111,13 +123,13 @@ class PromptCheck:
 
 def read_files(
     job: Job,
-    storage: Storage,
+    shelf: Shelf,
     model: BaseModel,
     prompt: PromptCheck,
     stop: threading.Event,
     within_s: float = DEADLINE_S,
 ) -> Outcome:
-    """Blocking: both files row by row, then the plan."""
+    """Blocking: both files row by row, then the plan. Raises StorageUnavailable."""
     reinforcement = mask_headers(job.method)["reinforcement"]
     tools = frozenset(str(tool["name"]) for tool in reinforcement.get("tools", ()))
     spec = RowSpec(tools, parse_grader(reinforcement["grader"]), prompt)
@@ -130,9 +142,9 @@ def read_files(
     reports: list[FileReport] = []
     for param, file_id in (("training_file", job.training_file), ("validation_file", valid_id)):
         try:
-            with _opened(storage, file_id) as file:
+            with shelf.open(file_id) as file:
                 reports.append(validate_rows(jsonl.rows(file), spec, late=late))
-        except OSError as error:
+        except (ObjectMissing, ObjectDamaged, OSError) as error:
             log.warning("job %s: cannot read %s: %s", job.id, file_id, error)
             return _refused(param, f"File {file_id} can no longer be read; upload it again")
         except TooSlow:
@@ -142,13 +154,6 @@ def read_files(
         return Outcome(None, refused)
     plan = resolve(job.method, job.options, train.n_rows, valid.n_rows, model, job.seed)
     return Outcome(plan, None, tuple(warnings(train, valid, tools)))
-
-
-def _opened(storage: Storage, file_id: str) -> BinaryIO:
-    try:
-        return storage.open(file_id)
-    except ValueError as error:  # not an id of ours: a row from elsewhere
-        raise FileNotFoundError(file_id) from error
 
 
 def _refused(param: str, message: str) -> Outcome:

@@ -10,11 +10,13 @@ from typing import Any
 
 from app.core.states import JobStatus
 from app.db.tables import Event, Job
+from app.jobs import meter
 from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan
-from app.jobs.wire import Activity, FineTuningJob, Hone, JobEvent, Links, RolloutCounts
+from app.jobs.wire import Activity, FineTuningJob, GpuHours, Hone, JobEvent, Links, RolloutCounts
 
 _BEFORE_RUN = frozenset({JobStatus.VALIDATING, JobStatus.QUEUED})
+_ONCE = "startup"  # of an attempt; every other phase belongs to the steps
 _LASTING = ("diagnosis", "publication")  # true of the job when it has stopped, too
 _PRESENT = ("overlap", "congestion")  # true only while somebody keeps them up to date
 
@@ -71,11 +73,21 @@ def _method(job: Job) -> dict[str, Any]:
 
 
 def _estimate(job: Job, at: float) -> int | None:
-    """From the mean time of the steps so far; None before the first step and outside `running`."""
-    if job.status != JobStatus.RUNNING or job.started_at is None or not job.total_steps or job.step < 1:
+    """From the time that was spent on the steps so far, so that no wait in the queue or in a pause counts.
+
+    None before the first step and outside `running`.
+    """
+    if job.status != JobStatus.RUNNING or not job.total_steps or job.step < 1:
         return None
-    per_step = (at - job.started_at) / job.step
-    return int(at + per_step * max(job.total_steps - job.step, 0))
+    spent = sum(float(seconds) for phase, seconds in job.seconds.items() if phase != _ONCE)
+    return int(at + spent / job.step * max(job.total_steps - job.step, 0))
+
+
+def _gpu_hours(job: Job, at: float) -> GpuHours:
+    spent, limit = meter.spent_s(job, at), meter.limit_s(job)
+    return GpuHours(
+        spent=round(spent / meter.HOUR_S, 6), limit=None if limit is None else round(limit / meter.HOUR_S, 6)
+    )
 
 
 def _hone(job: Job, counts: Mapping[str, int], at: float) -> Hone:
@@ -92,6 +104,7 @@ def _hone(job: Job, counts: Mapping[str, int], at: float) -> Hone:
         plan=job.plan,
         options=job.options,
         seconds=job.seconds,
+        gpu_hours=_gpu_hours(job, at),
         queue_reason=job.queue_reason,
         links=Links(events=f"{here}/events", rollouts=f"{here}/rollouts", checkpoints=f"{here}/checkpoints"),
         **{name: live[name] for name in shown if name in live},

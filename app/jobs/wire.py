@@ -69,6 +69,13 @@ class Overlap(BaseModel):
     waiting_for: str | None = None
 
 
+class GpuHours(BaseModel):
+    """Running time of all attempts × the GPUs each held; `limit`: the job is paused once `spent` is there."""
+
+    spent: float
+    limit: float | None
+
+
 class Hone(BaseModel):
     """What has no place in OpenAI's object. `seconds`: time spent per phase over all attempts."""
 
@@ -80,6 +87,7 @@ class Hone(BaseModel):
     plan: dict[str, Any] | None = Field(description="Every auto and default as a number; null until validated.")
     options: dict[str, Any] = Field(description="The hone object of the request.")
     seconds: dict[str, Any]
+    gpu_hours: GpuHours
     diagnosis: Diagnosis | None = None
     overlap: Overlap | None = None
     congestion: dict[str, Any] | None = Field(default=None, description="Limits in force now, and what set them.")

@@ -48,6 +48,13 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_files_project_id"), ["project_id"], unique=False)
 
     op.create_table(
+        "duties",
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("project_id", sa.String(), nullable=False),
+        sa.Column("due_at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_duties")),
+    )
+    op.create_table(
         "idempotency_keys",
         sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("project_id", sa.String(), nullable=False),
@@ -90,6 +97,10 @@ def upgrade() -> None:
         sa.Column("crashes", sa.Integer(), nullable=False),
         sa.Column("reserved_slots", sa.Integer(), nullable=False),
         sa.Column("queue_reason", sa.Text(), nullable=True),
+        sa.Column("running_since", sa.Float(), nullable=True),
+        sa.Column("gpus", sa.Integer(), nullable=False),
+        sa.Column("gpu_seconds", sa.Float(), nullable=False),
+        sa.Column("gpu_seconds_limit", sa.Float(), nullable=True),
         sa.Column("step", sa.Integer(), nullable=False),
         sa.Column("total_steps", sa.Integer(), nullable=True),
         sa.Column("activity", sa.Text(), nullable=True),
@@ -105,6 +116,7 @@ def upgrade() -> None:
         ),
         sa.CheckConstraint("attempt >= 0 AND step >= 0 AND crashes >= 0", name=op.f("ck_jobs_counters")),
         sa.CheckConstraint("reserved_slots = 0 OR status = 'running'", name=op.f("ck_jobs_slots")),
+        sa.CheckConstraint("running_since IS NULL OR status = 'running'", name=op.f("ck_jobs_running_since")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
         sa.UniqueConstraint("fine_tuned_model", name=op.f("uq_jobs_fine_tuned_model")),
     )
@@ -113,15 +125,21 @@ def upgrade() -> None:
         batch_op.create_index("ix_jobs_status_created", ["status", "created_at"], unique=False)
 
     op.create_table(
-        "processes",
+        "workers",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project_id", sa.String(), nullable=False),
         sa.Column("kind", sa.String(), nullable=False),
         sa.Column("host", sa.String(), nullable=False),
+        sa.Column("place", sa.String(), nullable=False),
         sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("process_group", sa.Integer(), nullable=False),
+        sa.Column("process_started", sa.BigInteger(), nullable=False),
+        sa.Column("job_id", sa.String(), nullable=True),
+        sa.Column("trainer_pid", sa.Integer(), nullable=True),
+        sa.Column("trainer_started", sa.BigInteger(), nullable=True),
         sa.Column("started_at", sa.Float(), nullable=False),
         sa.Column("heartbeat", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_processes")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
     )
     op.create_table(
         "sampler_wants",
@@ -367,7 +385,7 @@ def downgrade() -> None:
 
     op.drop_table("samplers")
     op.drop_table("sampler_wants")
-    op.drop_table("processes")
+    op.drop_table("workers")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index("ix_jobs_status_created")
         batch_op.drop_index("ix_jobs_project_created")
@@ -377,6 +395,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_idempotency_keys_request_hash"))
 
     op.drop_table("idempotency_keys")
+    op.drop_table("duties")
     with op.batch_alter_table("files", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_files_project_id"))
 

@@ -51,7 +51,7 @@ class Seed:
 
     async def file(self, content: bytes, project_id: str = DEFAULT_PROJECT, purpose: str = "fine-tune") -> str:
         file_id = new_id("file-")
-        stored = Storage(self.settings.files_dir).put(file_id, content)
+        stored = Storage.of(self.settings).put(file_id, content)
         async with self.database.begin() as session:
             session.add(
                 File(

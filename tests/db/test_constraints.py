@@ -19,6 +19,7 @@ from tests.db.rows import Seed
         {"status": "sleeping"},
         {"status": "queued", "lease_owner": "w", "lease_until": 1.0},
         {"status": "queued", "reserved_slots": 2},
+        {"status": "paused", "running_since": 1.0},
         {"status": "queued", "attempt": -1},
         {"status": "queued", "step": -1},
         {"status": "queued", "crashes": -1},

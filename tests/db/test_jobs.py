@@ -7,10 +7,9 @@ import pytest
 from app.core.errors import InvalidRequest, NotFound
 from app.core.states import RolloutState
 from app.db.engine import Database, now
-from app.db.tables import DEFAULT_PROJECT, Job
+from app.db.tables import DEFAULT_PROJECT
 from app.jobs import events, idempotency, leases, service
 from app.jobs.idempotency import Attempt
-from app.jobs.view import job_object
 from tests.db.rows import Seed
 
 
@@ -131,13 +130,3 @@ async def test_a_key_is_free_again_after_a_day(database: Database) -> None:
         await session.execute(idempotency.IdempotencyKey.__table__.update().values(created_at=now() - 86_401))
         assert await idempotency.find(session, keyed) is None
         assert await idempotency.remember(session, keyed, "ftjob-2")
-
-
-async def test_an_estimate_exists_only_while_running(database: Database, seed: Seed) -> None:
-    job_id = await seed.job(status="running", started_at=100.0, step=2, total_steps=10)
-    async with database.read() as session:
-        job = await session.get(Job, job_id)
-    assert job is not None
-    assert job_object(job, {}, organization_id="org", at=120.0).estimated_finish == 200
-    job.status = "failed"
-    assert job_object(job, {}, organization_id="org", at=120.0).estimated_finish is None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from app.core.settings import Settings
 from app.db.engine import Database, create_sync
@@ -202,3 +202,32 @@ async def test_a_bug_of_ours_fails_the_job_instead_of_coming_back_for_ever(
     assert job.status == "failed"
     assert job.error is not None
     assert job.error["code"] == "internal_error"
+
+
+async def test_a_file_that_was_changed_in_storage_fails_the_job(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    train, valid = await seed.file(dataset(16)), await seed.file(dataset(4, start=100))
+    (settings.files_dir / valid).write_bytes(dataset(4, start=101))
+    job_id = await seed.job(training_file=train, validation_file=valid)
+    await validate_job(database, settings, catalogue, job_id, "runner", load=load)
+    job, _ = await after(database, job_id)
+    assert job.error is not None
+    assert (job.status, job.error["code"]) == ("failed", "invalid_validation_file")
+    assert "can no longer be read" in job.error["message"]
+
+
+async def test_while_storage_is_away_the_job_waits_and_nothing_is_held_against_it(
+    database: Database, settings: Settings, seed: Seed, catalogue: Catalogue
+) -> None:
+    (settings.root / "no folder").touch()
+    away = settings.model_copy(update={"storage_url": str(settings.root / "no folder" / "below")})
+    train, valid = await seed.file(dataset(16)), await seed.file(dataset(4, start=100))
+    job_id = await seed.job(training_file=train, validation_file=valid)
+    await validate_job(database, away, catalogue, job_id, "runner", load=load)
+    job, _ = await after(database, job_id)
+    assert (job.status, job.error, job.lease_owner) == ("validating_files", None, "runner")
+    async with database.begin() as session:
+        await session.execute(update(Job).values(lease_until=0.0))
+    await validate_job(database, settings, catalogue, job_id, "another", load=load)
+    assert (await after(database, job_id))[0].status == "queued"

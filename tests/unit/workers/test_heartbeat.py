@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Engine, select, update
+from sqlalchemy.exc import OperationalError
 
 from app.db.engine import Database, now
 from app.db.tables import DEFAULT_PROJECT, Job
@@ -64,6 +65,23 @@ async def test_it_renews_the_lease_while_the_loop_moves(
         await asyncio.sleep(0.05)
         beat.moved()
     assert await left(database) > 0
+    assert lost.reasons == []
+
+
+async def test_what_else_says_that_we_are_alive_goes_with_each_renewal_and_cannot_cost_the_lease(
+    database: Database, fence: Fence, lost: Lost
+) -> None:
+    seen: list[object] = []
+
+    def beside(engine: Engine) -> None:
+        seen.append(engine)
+        raise OperationalError("", {}, Exception("no such table: workers"))
+
+    beat = Heartbeat(database.url, fence, LEASE_S, lost, beside)
+    beat.start()
+    await asyncio.sleep(LEASE_S * 1.5)
+    await asyncio.to_thread(beat.stop)
+    assert len(seen) >= 3
     assert lost.reasons == []
 
 

@@ -51,7 +51,8 @@ def test_a_child_of_the_child_dies_when_the_parent_lets_go(tmp_path: Path) -> No
 def test_only_a_trusted_child_gets_our_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HONE_SECRET_KEY", "k-123")
     monkeypatch.setenv("HONE_DATABASE_URL_FILE", "/run/db")
-    given = {"HONE_SECRET_KEY": "k-456", "HONE_PORT": "1"}
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s-789")
+    given = {"HONE_SECRET_KEY": "k-456", "HONE_PORT": "1", "HONE_STORAGE_OPTIONS": '{"secret": "s-789"}'}
     for trusted in (False, True):
         log = tmp_path / f"{trusted}.log"
         child = spawn(["env"], log=log, environment=given, leash=(), trusted=trusted)
@@ -59,7 +60,7 @@ def test_only_a_trusted_child_gets_our_secrets(tmp_path: Path, monkeypatch: pyte
         child.drop_leash()
         said = log.read_text()
         assert "HONE_PORT=1" in said
-        assert ("k-456" in said, "/run/db" in said, "k-123" in said) == (trusted, trusted, False)
+        assert ("k-456" in said, "/run/db" in said, "s-789" in said, "k-123" in said) == (trusted,) * 3 + (False,)
 
 
 def test_the_whole_family_dies_with_a_killed_parent(tmp_path: Path) -> None:

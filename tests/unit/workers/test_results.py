@@ -40,5 +40,6 @@ def test_without_events_there_is_a_header() -> None:
 def test_the_file_is_stored_with_its_digest(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     file_id, stored = write_result_file(storage, "step\n1\n")
-    assert storage.path(file_id).read_text() == "step\n1\n"
+    with storage.open(file_id, stored.sha256) as file:
+        assert file.read() == b"step\n1\n"
     assert stored.bytes == 7

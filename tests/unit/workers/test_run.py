@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -17,7 +18,7 @@ from sqlalchemy import select, update
 from app.checkpoints import store
 from app.core.settings import Settings
 from app.core.states import RolloutState
-from app.db.engine import Database
+from app.db.engine import Database, now
 from app.db.tables import Checkpoint, Event, Job, Rollout
 from app.jobs import leases, service
 from app.jobs.leases import LeaseLost
@@ -30,6 +31,7 @@ from tests.unit.workers.fake_engine import FakeEngine, FakeSamplers
 from tests.unit.workers.test_setup_of_run import PLAN as ANY_PLAN
 from workers import supervisor
 from workers.batch import TrainingRow, read_batch
+from workers.budget import BudgetSpent
 from workers.messages import Published, Ready, Start, Step, StepDone
 from workers.publication import PublicationUnproved
 from workers.rollouts import recorder as recording
@@ -69,8 +71,10 @@ class FakeTrainer:
             raise TrainerDied("the trainer's process ended (signal 9)")
         snapshot = Path(self.begun.snapshots_dir) / str(message.step)
         snapshot.mkdir(parents=True)
+        (snapshot / "manifest.json").write_bytes(b"{}")
+        digest = hashlib.sha256(b"{}").hexdigest()
         figures = {"loss": 0.1, "trained_tokens": 5.0}
-        return StepDone(message.step, self._publish(message.step), str(snapshot), "x", figures, {"update": 0.01})
+        return StepDone(message.step, self._publish(message.step), str(snapshot), digest, figures, {"update": 0.01})
 
     def _publish(self, version: int) -> Published:
         name = f"{self.begun.adapter_prefix}-v{version}"
@@ -198,6 +202,15 @@ async def test_every_rollout_of_a_step_is_sampled_from_the_version_before_it(sta
     assert served == Counter(f"{stage.job_id}-a1-v{row.version}" for row in rollouts)
 
 
+async def test_a_snapshot_that_is_not_the_registered_one_is_not_trained_from(stage: Stage) -> None:
+    assert isinstance(await stage.end_of(await stage.attempt(FakeTrainer(dies_at=3))), TrainerDied)
+    run = await stage.attempt(FakeTrainer())
+    (Path(run.standing.snapshot[0]) / "manifest.json").write_bytes(b"another")
+    error = await stage.end_of(run)
+    assert isinstance(error, JobFailure)
+    assert error.code == "snapshot_changed"
+
+
 async def test_after_a_crash_the_job_goes_on_from_its_last_step_with_the_same_rows(stage: Stage) -> None:
     error = await stage.end_of(await stage.attempt(FakeTrainer(dies_at=3)))
     assert isinstance(error, TrainerDied)
@@ -312,13 +325,39 @@ async def test_a_sampler_that_serves_something_else_pauses_the_job_before_the_fi
     assert await stage.end_of(await stage.attempt(FakeTrainer())) is None
 
 
+async def test_a_spent_budget_pauses_the_job_after_the_step_it_is_in_and_a_resume_grants_as_much_again(
+    stage: Stage,
+) -> None:
+    async def two_hours_pass(message: Step) -> None:
+        if message.step == 2:
+            async with stage.database.begin() as session:
+                await session.execute(update(Job).values(running_since=now() - 7200))
+
+    async with stage.database.begin() as session:
+        await session.execute(update(Job).values(options={"max_gpu_hours": 1.5}))
+    trainer = FakeTrainer()
+    trainer.before_step = two_hours_pass
+    assert isinstance(await stage.end_of(await stage.attempt(trainer)), BudgetSpent)
+    (job,) = await stage.all_of(Job)
+    (said,) = [event for event in await stage.all_of(Event) if "paused" in event.message]
+    assert (job.status, job.step, sorted(trainer.batches)) == ("paused", 2, [1, 2])
+    assert (said.level, said.data["step"], said.data["gpu_hours"]) == ("warn", 2, pytest.approx(2.0, abs=0.01))
+    assert not {"started"} & set(states(await stage.all_of(Rollout)))
+    async with stage.database.begin() as session:
+        await service.resume(session, job.project_id, job.id)
+    again = FakeTrainer()
+    assert await stage.end_of(await stage.attempt(again)) is None
+    assert sorted(again.batches) == [3]
+    assert (await stage.all_of(Job))[0].gpu_seconds == pytest.approx(7200, abs=60)
+
+
 async def test_a_lease_that_is_lost_in_the_middle_ends_the_run_and_writes_nothing_more(stage: Stage) -> None:
     run = await stage.attempt(FakeTrainer())
     original = stage.answer
 
     async def lose(request: CompletionRequest) -> Completion:
         async with stage.database.begin() as session:
-            await session.execute(update(Job).values(status="cancelled", lease_owner=None, reserved_slots=0))
+            await session.execute(update(Job).values(status="cancelled", **leases.given_up()))
             await leases.close_open_rollouts(session, stage.job_id)
         stage.engine.before = original
         return await original(request)

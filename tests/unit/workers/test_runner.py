@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 
 from app.core.settings import Settings
 from app.db.engine import Database, now
-from app.db.tables import Job, Process
+from app.db.tables import Job, Worker
 from tests.db.rows import Seed
 from workers.local import Runner
 from workers.process import Child, spawn
@@ -54,6 +54,22 @@ async def test_no_more_supervisors_than_slots_and_the_oldest_job_first(runner: C
         await session.execute(update(Job).where(Job.id == old).values(status="succeeded"))
     await runner.tick()
     assert runner.started == [old, young]
+
+
+async def test_a_job_without_room_starts_no_process_and_nobody_overtakes_it(
+    settings: Settings, database: Database, seed: Seed
+) -> None:
+    runner = Counting(settings.model_copy(update={"runner_slots": 2, "sampler_max_adapters": 4}))
+    await seed.job(status="running", attempt=1, reserved_slots=1, lease_until=9e9)
+    large = await seed.job(status="queued", plan={"max_staleness": 1}, created_at=1.0)
+    await seed.job(status="queued", plan={"max_staleness": 0}, created_at=2.0)
+    other = await seed.job(status="queued", model="other", created_at=3.0)
+    for _ in range(2):
+        await runner.tick()
+    assert runner.started == [other]
+    async with database.read() as session:
+        assert "3 needed, 2 of 3 free" in (await session.get_one(Job, large)).queue_reason
+    await runner.shut_down()
 
 
 async def test_a_supervisor_that_ended_frees_its_slot_and_a_job_put_back_is_started_again(
@@ -104,11 +120,11 @@ async def test_running_announces_itself_and_stopping_ends_the_children(
         await asyncio.sleep(0.01)
     (child,) = runner.children.values()
     async with database.read() as session:
-        (row,) = (await session.scalars(select(Process))).all()
+        (row,) = (await session.scalars(select(Worker))).all()
         assert (row.kind, row.host) == ("runner", settings.hostname)
-        assert await session.scalar(select(now() - Process.heartbeat)) < 10
+        assert await session.scalar(select(now() - Worker.heartbeat)) < 10
     runner.stopping.set()
     await asyncio.wait_for(running, 10)
     assert child.poll() is not None
     async with database.read() as session:
-        assert (await session.scalars(select(Process))).all() == []
+        assert (await session.scalars(select(Worker))).all() == []

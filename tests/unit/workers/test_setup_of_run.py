@@ -14,7 +14,11 @@ import pytest
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.db.tables import Job
+from app.files import service as files
+from app.files.storage import Shelf, Storage
+from app.jobs.headers import seal_headers
 from app.jobs.plan import Plan
+from app.security.vault import load_vault
 from app.tools.http import ToolEndpoint
 from tests.db.rows import METHOD, Seed
 from tests.tiny import make_weightless_llama
@@ -70,8 +74,10 @@ def lines(count: int) -> bytes:
 
 async def inputs_of(settings: Settings, database: Database, seed: Seed, **method: Any) -> Inputs:
     make_weightless_llama(settings.models_dir / "tiny")
-    reinforcement = {**METHOD["reinforcement"], **method}
+    sealed = seal_headers({"reinforcement": method}, load_vault(None, settings.root), "ftjob-1")["reinforcement"]
+    reinforcement = {**METHOD["reinforcement"], **sealed}
     job_id = await seed.job(
+        id="ftjob-1",
         status="running",
         plan=PLAN.as_dict(),
         training_file=await seed.file(lines(6)),
@@ -82,7 +88,12 @@ async def inputs_of(settings: Settings, database: Database, seed: Seed, **method
         job = await session.get(Job, job_id)
     assert job is not None
     with ThreadPoolExecutor(1) as executor:
-        return await read_inputs(settings, job, executor)
+        return await read_inputs(settings, job, await shelf(settings, database, job), executor)
+
+
+async def shelf(settings: Settings, database: Database, job: Job) -> Shelf:
+    async with database.read() as session:
+        return await files.shelf(session, Storage.of(settings), [job.training_file, str(job.validation_file)])
 
 
 async def test_rows_limits_and_endpoints_come_from_the_job(settings: Settings, database: Database, seed: Seed) -> None:
@@ -95,6 +106,18 @@ async def test_rows_limits_and_endpoints_come_from_the_job(settings: Settings, d
     assert (limits.tool_timeout_s, limits.grader_timeout_s, limits.rollout_timeout_s) == (7.0, 8.0, 90.0)
     assert limits.context == 2048  # the model's, below the sampler's
     assert inputs.endpoints == {"lookup": ToolEndpoint("lookup", TOOL["server_url"], {})}
+    await inputs.http.aclose()
+
+
+async def test_every_endpoint_hides_the_secrets_of_the_whole_job(
+    settings: Settings, database: Database, seed: Seed
+) -> None:
+    tools = [{**TOOL, "headers": {"A": "tool-secret"}}, {**TOOL, "name": "other", "headers": {"A": "other-secret"}}]
+    part = {"type": "endpoint", "name": "g", "url": "http://127.0.0.1:9/g", "headers": {"A": "grader-secret"}}
+    grader = {"type": "multi", "name": "m", "graders": {"g": part}, "calculate_output": "g"}
+    inputs = await inputs_of(settings, database, seed, tools=tools, grader=grader)
+    for endpoint in inputs.endpoints.values():
+        assert endpoint.mask("tool-secret other-secret grader-secret") == "*** *** ***"
     await inputs.http.aclose()
 
 
@@ -122,7 +145,7 @@ async def test_a_model_that_is_gone_fails_the_job(settings: Settings, database: 
         job = await session.get(Job, job_id)
     assert job is not None
     with ThreadPoolExecutor(1) as executor, pytest.raises(JobFailure) as caught:
-        await read_inputs(settings, job, executor)
+        await read_inputs(settings, job, await shelf(settings, database, job), executor)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from app.core.settings import Settings
 from app.db.engine import Database
 from app.db.tables import Event, Job
+from app.db.tables import Worker as Row
 from app.jobs.doorbell import make_doorbell
 from tests.broker import Broker, broker_running, free_port
 from tests.db.rows import Seed
@@ -179,11 +182,13 @@ class Reading(Slot):
         super().__init__(settings, frozenset({"large"}), owner="here:1", environment={})
         self.started: list[str] = []
         self.ended: list[str] = []
+        self.job_s = 0.05
 
     async def supervise(self, job_id: str) -> None:
         assert len(self.ended) == len(self.started), "two jobs at once"
         self.started.append(job_id)
-        await asyncio.sleep(0.05)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), self.job_s)
         self.ended.append(job_id)
 
 
@@ -204,6 +209,50 @@ async def test_a_slot_runs_one_job_at_a_time_whether_rung_for_or_found(settings:
     await slot.shut_down()
 
 
+class Full(Reading):
+    """Jobs of the model `big` find no room."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.model_copy(update={"sampler_max_adapters": 4, "queues": "*=large"}))
+
+
+async def test_a_job_without_room_starts_no_process_and_says_why_until_there_is_some(
+    settings: Settings, database: Database, seed: Seed
+) -> None:
+    slot = Full(settings)
+    holder = await seed.job(status="running", attempt=1, reserved_slots=2)
+    waits = await seed.job(status="queued", plan={"max_staleness": 0}, created_at=1.0)
+    await seed.job(status="queued", plan={"max_staleness": 0}, created_at=2.0)
+    other = await seed.job(status="queued", model="other", created_at=3.0)
+    await slot.tick()
+    assert slot.started == [other]
+    async with database.read() as session:
+        reason = await session.scalar(select(Job.queue_reason).where(Job.id == waits))
+    assert reason == "waits for adapter slots: 2 needed, 1 of 3 free"
+    async with database.begin() as session:
+        await session.execute(update(Job).where(Job.id == holder).values(status="succeeded", reserved_slots=0))
+    assert await slot.take(waits)
+    assert slot.started == [other, waits]
+    await slot.shut_down()
+
+
+async def test_a_slot_beats_while_a_job_runs(settings: Settings, database: Database, seed: Seed) -> None:
+    slot = Reading(settings.model_copy(update={"queues": "*=large"}))
+    slot.beat_s, slot.job_s = 0.02, 60.0
+    await seed.job(status="queued")
+    running = asyncio.create_task(slot.run())
+    beats: set[float] = set()
+    while not slot.started or len(beats) < 3:
+        await asyncio.sleep(0.02)
+        async with database.read() as session:
+            beats.update((await session.scalars(select(Row.heartbeat).where(Row.kind == "worker"))).all())
+    assert slot.ended == []
+    slot.stopping.set()
+    await asyncio.wait_for(running, 10)
+    async with database.read() as session:
+        assert (await session.scalars(select(Row))).all() == []
+
+
 async def test_a_slot_that_fails_ends_its_process_in_order(settings: Settings) -> None:
     class Broken(Reading):
         async def tick(self) -> None:
@@ -213,6 +262,7 @@ async def test_a_slot_that_fails_ends_its_process_in_order(settings: Settings) -
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     try:
         thread = SlotThread(Broken(settings))
+        await asyncio.to_thread(concurrent.futures.wait, [thread.ended], 10)
         await asyncio.to_thread(thread.join)
         assert told == [signal.SIGTERM]
     finally:

@@ -100,6 +100,22 @@ async def test_it_answers_start_and_steps_and_leaves_on_stop(trainer: Make, tmp_
     assert "chatter of a library" in (tmp_path / "logs" / "trainer.log").read_text()
 
 
+async def test_its_process_is_made_known_before_it_is_told_anything(trainer: Make) -> None:
+    link, known = trainer(), []
+
+    async def refuse(pid: int) -> None:
+        known.append(pid)
+        raise LookupError("the database is away")
+
+    link.on_spawned = refuse
+    with pytest.raises(LookupError):
+        await link.start(START)
+    assert known == [link.pid]
+    assert not gone(known[0])  # it waits for its first message; `stop` ends it
+    await link.stop(0.1)
+    assert gone(known[0])
+
+
 @pytest.mark.parametrize(
     ("mode", "words", "detail"),
     [
