@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.core.settings import Settings
 from app.db.engine import create_sync, now
-from app.db.tables import Process
+from app.db.tables import Worker
 
 TIMEOUT_S = 3.0
 SILENT_AFTER_S = 30.0
@@ -36,7 +36,7 @@ def api(settings: Settings) -> str | None:
 
 def process(settings: Settings, kind: str) -> str | None:
     """What is wrong with the `kind` of this host; None: nothing."""
-    latest = select(now() - func.max(Process.heartbeat)).where(Process.kind == kind, Process.host == settings.hostname)
+    latest = select(now() - func.max(Worker.heartbeat)).where(Worker.kind == kind, Worker.host == settings.hostname)
     engine = create_sync(settings.database)
     try:
         with engine.connect() as connection:

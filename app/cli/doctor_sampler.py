@@ -6,6 +6,7 @@ no worker.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -14,15 +15,17 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
-from app.cli.findings import Finding, Verdict
+from app.cli.findings import DEADLINE_S, Finding, Verdict, quoted
+from app.net.endpoint import show_url
 
 if TYPE_CHECKING:
     from app.core.settings import Settings
 
 ASK_S = 60.0
-PROBE_S = 5.0
 STALENESS = 1  # of a job that says nothing
 _SECRET = re.compile(r"-(?:key|token|secret|password)$", re.IGNORECASE)
 # What the documents claim of GPU hosts without a figure of ours behind it.
@@ -115,10 +118,23 @@ def _local(found: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _elsewhere(url: str) -> Finding:
+    shown = show_url(url)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url.rstrip('/')}/v1/models", timeout=PROBE_S) as answer:
+        with direct.open(_models_of(url), timeout=DEADLINE_S) as answer:
             served = [str(model["id"]) for model in json.load(answer)["data"] if model.get("parent") is None]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Finding("sampler", Verdict.WARNING, f"{url} does not answer: {error}", "start it: the keeper retries")
-    return Finding("sampler", Verdict.OK, f"{url} serves {', '.join(served)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, HTTPException) as error:
+        detail = f"{shown} does not answer: {quoted(error, url)}"
+        return Finding("sampler", Verdict.WARNING, detail, "start it: the keeper retries")
+    return Finding("sampler", Verdict.OK, f"{shown} serves {', '.join(served)}")
+
+
+def _models_of(url: str) -> urllib.request.Request:
+    """User and password become a header, as in the client that jobs use: urllib would take them for the host."""
+    parts = urlsplit(url.rstrip("/"))
+    userinfo, _, place = parts.netloc.rpartition("@")
+    request = urllib.request.Request(f"{parts.scheme}://{place}{parts.path}/v1/models")
+    if userinfo:
+        token = base64.b64encode(unquote(userinfo).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request

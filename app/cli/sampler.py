@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from app.cli.children import KEEPER
+from app.cli.migrated import await_migration
 from app.cli.together import run_together
 
 if TYPE_CHECKING:
@@ -15,5 +16,6 @@ if TYPE_CHECKING:
 
 
 def run(settings: Settings) -> int:
-    """Blocks. The exit code."""
+    """Blocks. The exit code; raises CommandFailed."""
+    await_migration(settings)
     return run_together(settings, [KEEPER])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from app.cli.children import JANITOR, slot
 from app.cli.failure import USAGE, CommandFailed
+from app.cli.migrated import await_migration
 from app.cli.together import run_together
 from app.jobs.doorbell import BadQueues, NoCelery, make_doorbell
 
@@ -33,6 +34,7 @@ def run(settings: Settings, queue: str, gpus: Sequence[str]) -> int:
         make_doorbell(settings).close()
     except (BadQueues, NoCelery) as error:
         raise CommandFailed(str(error), code=USAGE) from None
+    await_migration(settings)
     slots = [slot(number, queue, named) for number, named in enumerate(gpus or [None])]
     return run_together(settings, [JANITOR, *slots])
 

@@ -14,7 +14,7 @@ from app.cli import alive
 from app.core.settings import Settings
 from app.db import migrate
 from app.db.engine import create_sync
-from app.db.tables import Process
+from app.db.tables import Worker
 
 
 @pytest.fixture
@@ -29,7 +29,18 @@ def beat(settings: Settings, kind: str, host: str, age_s: float) -> None:
     engine = create_sync(settings.database)
     with Session(engine) as session, session.begin():
         session.add(
-            Process(id=f"{kind}-{host}", project_id="p", kind=kind, host=host, pid=1, started_at=then, heartbeat=then)
+            Worker(
+                id=f"{kind}-{host}",
+                project_id="p",
+                kind=kind,
+                host=host,
+                place="",
+                pid=1,
+                process_group=1,
+                process_started=0,
+                started_at=then,
+                heartbeat=then,
+            )
         )
     engine.dispose()
 

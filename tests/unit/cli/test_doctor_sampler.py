@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,24 @@ def test_a_url_that_does_not_answer_is_named(settings: Settings) -> None:
     first = next(sampler(settings.model_copy(update={"sampler_urls": "http://127.0.0.1:9"})))
     assert first.verdict is Verdict.WARNING
     assert "http://127.0.0.1:9 does not answer" in first.detail
+
+
+def test_user_and_password_of_a_url_are_sent_and_not_shown(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port, heard = listener.getsockname()[1], []
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                heard.append(connection.recv(4096))
+                connection.sendall(b'HTTP/1.0 200 OK\r\n\r\n{"data": [{"id": "tiny"}]}')
+
+        server = threading.Thread(target=answer)
+        server.start()
+        first = next(sampler(settings.model_copy(update={"sampler_urls": f"http://me:canary@127.0.0.1:{port}"})))
+        server.join(5)
+    assert first.detail == f"http://127.0.0.1:{port} serves tiny"
+    assert b"Authorization: Basic " + base64.b64encode(b"me:canary") in heard[0]
 
 
 @pytest.mark.parametrize(("held", "runners", "fits"), [(8, 2, True), (8, 3, False), (4, 1, True), (3, 1, False)])

@@ -18,6 +18,7 @@ from openai import OpenAI
 
 from app.cli.up import listen
 from app.core.settings import Settings
+from tests.processes import of_data
 from tests.unit.cli.test_command import hone
 
 START_S = 90.0
@@ -51,18 +52,6 @@ def _healthy(url: str) -> None:
     raise AssertionError(f"not healthy: {last}")
 
 
-def _children(data: Path) -> list[str]:
-    """Processes of any age whose environment names this data directory."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"HONE_DATA_DIR={data}".encode() in (directory / "environ").read_bytes():
-                found.append((directory / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
 def test_it_serves_can_take_a_job_and_ends_in_order(tmp_path: Path) -> None:
     with _up(tmp_path) as (process, url):
         _healthy(url)
@@ -72,10 +61,10 @@ def test_it_serves_can_take_a_job_and_ends_in_order(tmp_path: Path) -> None:
         second = hone("up", "--port", "0", data=tmp_path)
         assert second.returncode == 1
         assert f"process {process.pid}" in second.stderr
-        assert len(_children(tmp_path)) == 2
+        assert len(of_data(tmp_path)) == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
-        assert _children(tmp_path) == []
+        assert of_data(tmp_path) == []
 
 
 def test_killed_at_once_it_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -84,9 +73,9 @@ def test_killed_at_once_it_leaves_no_process_behind(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         deadline = time.monotonic() + 60
-        while _children(tmp_path) and time.monotonic() < deadline:
+        while of_data(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert _children(tmp_path) == []
+        assert of_data(tmp_path) == []
 
 
 def test_answers_do_not_wait_for_a_delayed_acknowledgement(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from app.core.settings import Settings
 from app.db import migrate
 from tests.broker import broker_running
+from tests.processes import of_data
 from tests.unit.cli.test_command import hone
 
 START_S = 90.0
@@ -43,18 +44,6 @@ def _log_says(log: Path, text: str) -> None:
         time.sleep(0.05)
 
 
-def _children(data: Path) -> list[str]:
-    """Processes of any age whose environment names this data directory."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"HONE_DATA_DIR={data}".encode() in (directory / "environ").read_bytes():
-                found.append((directory / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
 def _prepared(data: Path) -> Settings:
     settings = Settings(data_dir=data)
     settings.root.mkdir(parents=True)
@@ -70,13 +59,13 @@ def test_a_worker_for_each_set_of_gpus_and_a_janitor_and_all_end_together(tmp_pa
         with _started(settings.root, *arguments, HONE_REDIS_URL=broker.url) as process:
             for number in (0, 1):
                 _log_says(logs / f"worker-{number}.log", " ready.")
-            running = " | ".join(_children(settings.root))
+            running = " | ".join(of_data(settings.root))
             assert "workers.tasks --queue a,b --gpus 0,1 " in running
             assert "workers.tasks --queue a,b --gpus 2 " in running
             assert "workers.janitor" in running
             process.send_signal(signal.SIGTERM)
             assert process.wait(START_S) == 0
-            assert _children(settings.root) == []
+            assert of_data(settings.root) == []
 
 
 def test_a_sampler_host_runs_a_keeper(tmp_path: Path) -> None:
@@ -86,7 +75,7 @@ def test_a_sampler_host_runs_a_keeper(tmp_path: Path) -> None:
         assert "keeping the keeper" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(START_S) == 0
-    assert _children(settings.root) == []
+    assert of_data(settings.root) == []
 
 
 @pytest.mark.parametrize(
