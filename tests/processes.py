@@ -1,4 +1,4 @@
-"""The processes of a group: what is left of a server and its children.
+"""The processes of a group, or of a data directory: what is left of a server and its children.
 
 Does not cover: groups on anything but Linux.
 """
@@ -7,6 +7,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+
+
+def of_data(data: Path) -> list[str]:
+    """Processes of any age whose environment names this data directory."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"HONE_DATA_DIR={data}".encode() in (directory / "environ").read_bytes():
+                found.append((directory / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
 
 
 def family(leader: int) -> dict[int, str]:

@@ -63,7 +63,7 @@ def test_the_composition_builds_stages_that_exist() -> None:
 def test_the_extras_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     wanted = {extra for line in LINES for found in re.findall(r"'\.\[([\w,]+)\]'", line) for extra in found.split(",")}
-    assert wanted == {"postgres", "celery", "train"}
+    assert wanted == {"postgres", "celery", "s3", "train"}
     assert wanted <= set(extras)
 
 
