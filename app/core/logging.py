@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Literal
 
 Format = Literal["text", "json"]
@@ -67,11 +68,21 @@ class Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+def _ended_by(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """The interpreter would print it as lines of its own, which a collector of JSON cannot read."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        logging.getLogger("hone").critical("ended by an exception", exc_info=(kind, error, traceback))
+
+
 def configure(format: Format, level: int = logging.INFO) -> None:
-    """Log to stderr; called once by each process's entry point."""
+    """Log to stderr, warnings and the exception that ends a process too; called once by its entry point."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_Fields())
     handler.setFormatter(Json() if format == "json" else Text())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    sys.excepthook = _ended_by
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -50,6 +50,22 @@ class Settings(BaseSettings):
     queues: str = Field(
         "", description="Which queue a model's jobs are rung on: model=queue, … with * in model names; others: hone."
     )
+    storage_url: str | None = Field(
+        None,
+        description="Where files, checkpoints and traces are kept: a folder or an fsspec URL such as "
+        "s3://bucket/prefix (extra `s3`); default: the data directory.",
+    )
+    storage_options: SecretStr | None = Field(
+        None, description="JSON object of options for that URL's library: endpoint, credentials; default: its own."
+    )
+    collect_after_s: float = Field(
+        86_400.0, ge=600, description="Directories of jobs that no row names are removed once unchanged this long."
+    )
+    rows_kept_days: int = Field(30, ge=1, description="Days that delivered and given-up webhooks are kept.")
+    logs_kept_days: int = Field(30, ge=1, description="Days that logs of ended jobs are kept.")
+    traces_max_mb_per_job: int = Field(
+        2048, ge=0, description="MB of traces kept of a job, oldest steps removed first; 0: no limit."
+    )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
     log_format: Literal["text", "json"] = Field("text", description="One line of text, or one JSON object, a log line.")
@@ -64,6 +80,11 @@ class Settings(BaseSettings):
     )
     rate_limit_burst: int = Field(2_000, ge=1, description="Requests that one API key may send at once.")
     organization_id: str = Field("org-hone", description="Shown as organization_id and inside model names.")
+    hostname: str = Field(
+        default_factory=socket.gethostname,
+        pattern=r"^[\w.-]+$",
+        description="This host in leases and lists, and its folder of logs; default: what the system calls it.",
+    )
 
     runner_slots: int = Field(1, ge=1, description="Jobs that the embedded runner runs at once.")
     lease_seconds: float = Field(
@@ -113,6 +134,13 @@ class Settings(BaseSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of sampler and trainer; 0 = all cores.")
     max_concurrent_rollouts: int = Field(256, ge=1, description="Trajectories one job keeps in flight.")
+
+    @field_validator("storage_url")
+    @classmethod
+    def _storage_is_absolute(cls, url: str | None) -> str | None:
+        if url and "://" not in url and not Path(url).is_absolute():
+            raise ValueError("give an absolute path or a URL: processes start in many places")
+        return url
 
     @classmethod
     def settings_customise_sources(
@@ -166,6 +194,11 @@ class Settings(BaseSettings):
         return self.root / "traces"
 
     @property
+    def cache_dir(self) -> Path:
+        """Copies of what is in storage; may be deleted while no process runs."""
+        return self.root / "cache"
+
+    @property
     def logs_dir(self) -> Path:
         return self.root / "logs"
 
@@ -173,15 +206,12 @@ class Settings(BaseSettings):
     def cpu_threads(self) -> int:
         return self.threads or os.cpu_count() or 1
 
-    @cached_property
-    def hostname(self) -> str:
-        return socket.gethostname()
-
     def environment(self) -> dict[str, str]:
         """What a child process needs so that its own `Settings()` equals this one."""
-        values = self.model_dump(exclude_none=True, exclude_unset=True, exclude={"secret_key"})
-        env = {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items()}
+        values = self.model_dump(exclude_none=True, exclude_unset=True)
+        env = {
+            f"{PREFIX}{name.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name, value in values.items()
+        }
         env[f"{PREFIX}DATA_DIR"] = str(self.root)
-        if self.secret_key is not None:
-            env[f"{PREFIX}SECRET_KEY"] = self.secret_key.get_secret_value()
         return env

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.net.clients import HttpClient
+from app.net.endpoint import Mask
 from app.net.exchange import Retry
 from app.tools.http import CallContext
 
@@ -87,11 +88,12 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class Workshop:
-    """What a spec may need to build its grader. timeout_s bounds one attempt."""
+    """What a spec may need to build its grader. timeout_s bounds one attempt; `mask` knows the job's secrets."""
 
     http: HttpClient
     timeout_s: float
     retry: Retry = field(default_factory=Retry)
+    mask: Mask = field(default_factory=Mask)
 
 
 ParsePart = Callable[[object, str], "GraderSpec"]
@@ -120,6 +122,10 @@ class GraderSpec(BaseModel, ABC):
     @abstractmethod
     def build(self, workshop: Workshop) -> Grader:
         """The grader that this describes."""
+
+    def secrets(self) -> list[Mapping[str, str]]:
+        """The headers that this grader and its parts send."""
+        return []
 
     def templates(self) -> dict[str, str]:
         """Path below this grader → template text."""

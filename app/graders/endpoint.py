@@ -14,7 +14,7 @@ from pydantic import Field
 
 from app.graders.base import Finite, Grade, Grader, GraderFailed, GraderSpec, InvalidScore, Sample, Workshop
 from app.graders.rate import RateLimit
-from app.net.endpoint import quote, show_url
+from app.net.endpoint import Mask, quote, show_url
 from app.net.exchange import MAX_BODY_BYTES, Answer, Unanswered, post_json
 from app.tools.http import CallContext, request_headers
 from app.tools.schemas import EndpointUrl, SecretHeaders
@@ -33,6 +33,10 @@ class EndpointSpec(GraderSpec):
     def build(self, workshop: Workshop) -> Grader:
         """A grader with a rate limit of its own."""
         return EndpointGrader(self, workshop)
+
+    def secrets(self) -> list[Mapping[str, str]]:
+        """Its headers."""
+        return [self.headers]
 
 
 class EndpointGrader:
@@ -63,6 +67,7 @@ class EndpointGrader:
                 deadline=deadline,
                 retry=self._workshop.retry,
                 gate=self._gate,
+                mask=self._workshop.mask,
             )
         except Unanswered as error:
             raise self._failed(error.attempts, error.last_error) from None
@@ -71,7 +76,8 @@ class EndpointGrader:
     def _read(self, answer: Answer) -> Grade:
         if answer.body is None:
             raise self._failed(answer.attempts, "the answer is larger than 1 MB")
-        said = quote(answer.body, self._spec.url, self._spec.headers)
+        mask = self._workshop.mask
+        said = quote(answer.body, mask | Mask.of(url=self._spec.url))
         if answer.status >= 400:
             raise self._failed(answer.attempts, f"answered {answer.status}: {said}")
         try:
@@ -86,11 +92,11 @@ class EndpointGrader:
         parts = payload.get("scores")
         return Grade(
             score=score,
-            sub_scores=_numbers(parts) if isinstance(parts, dict) else {},
+            sub_scores=_numbers(parts, mask) if isinstance(parts, dict) else {},
             seconds=answer.seconds,
             attempts=answer.attempts,
-            reason=payload["reason"] if isinstance(payload.get("reason"), str) else None,
-            extra=_extra(payload, len(answer.body)),
+            reason=mask(payload["reason"]) if isinstance(payload.get("reason"), str) else None,
+            extra=_extra(payload, len(answer.body), mask),
         )
 
     def _failed(self, attempts: int, last_error: str) -> GraderFailed:
@@ -108,15 +114,18 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _numbers(parts: Mapping[str, object]) -> dict[str, float]:
-    found = {name: _number(value) for name, value in parts.items()}
+def _numbers(parts: Mapping[str, object], mask: Mask) -> dict[str, float]:
+    found = {mask(name): _number(value) for name, value in parts.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _extra(payload: Mapping[str, Any], size: int) -> dict[str, Any]:
+def _extra(payload: Mapping[str, Any], size: int, mask: Mask) -> dict[str, Any]:
     if size > MAX_EXTRA_BYTES:
         return {"omitted_bytes": size}
-    return {key: value for key, value in payload.items() if key != "score"}
+    try:
+        return {mask(key): mask.value(value) for key, value in payload.items() if key != "score"}
+    except RecursionError:  # as deep as a parser still goes; nobody reads that in a trace
+        return {"omitted_bytes": size}
 
 
 def _refuse(constant: str) -> Any:

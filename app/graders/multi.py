@@ -53,6 +53,10 @@ class MultiSpec(GraderSpec):
         """Builds every part from the same workshop."""
         return MultiGrader(self, {name: part.build(workshop) for name, part in self.graders.items()})
 
+    def secrets(self) -> list[Mapping[str, str]]:
+        """Of all parts."""
+        return [headers for part in self.graders.values() for headers in part.secrets()]
+
     def templates(self) -> dict[str, str]:
         """The templates of all parts, under `graders.<name>`."""
         return {

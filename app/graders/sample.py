@@ -1,4 +1,4 @@
-"""Builds the `sample` that graders see, from a finished trajectory or from bare text.
+"""Builds the `sample` that graders see, from a finished trajectory.
 
 Does not cover: parsing of tool calls out of tokens (`app.rendering`); what comes here is chat-completions messages.
 """
@@ -30,13 +30,6 @@ def sample_of_messages(
         output_tools=calls,
         choices=[{"index": 0, "message": dict(final), "finish_reason": finish_reason}],
     )
-
-
-def sample_of_text(text: str) -> Sample:
-    """The sample of a pre-flight check, where there is only text (contract §4.2); JSON is filled when it parses."""
-    message = {"role": "assistant", "content": text}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-    return Sample(output_text=text, output_json=_json_or_none(text), output_tools=[], choices=choices)
 
 
 def _json_or_none(text: str) -> Any | None:

@@ -22,6 +22,7 @@ from app.models.catalogue import ALL_LINEAR, CARD, ID_PATTERN, BaseModel, ModelE
 from app.models.known import GENERIC, known
 from app.rendering.check import check_append_only
 from app.rendering.registry import build_renderer
+from app.storage.local import sync
 
 REQUIRED = ("config.json", "tokenizer.json")
 SMALL_FILES = (
@@ -131,14 +132,14 @@ def publish(stage: Path, target: Path) -> BaseModel:
     for path in stage.iterdir():
         if not path.is_symlink():
             path.chmod(0o644)  # a trainer or sampler may run as another user
-            _fsync(path)
-    _fsync(stage)
+            sync(path)
+    sync(stage)
     try:
         stage.rename(target)
     except OSError as error:
         if not (target / CARD).is_file():
             raise AlreadyRegistered(f"{target} is in the way and is no model: {error}; remove it first") from error
-    _fsync(target.parent)
+    sync(target.parent)
     return read_card(target)
 
 
@@ -160,11 +161,3 @@ def link_weights(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         target.symlink_to(source)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,9 +5,15 @@ Does not cover: whether the address may be reached (`app.net.guard`, at dial tim
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import re
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote as percent_encoded
+from urllib.parse import unquote_plus, urlsplit
 
 import httpx
 
@@ -16,6 +22,7 @@ MAX_URL_CHARS = 2048
 MAX_HEADERS = 32
 MAX_HEADER_VALUE_CHARS = 8192
 QUOTED_CHARS = 300
+SHORTEST_MASKED, SHORTEST_INSIDE_WORDS = 4, 8
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
@@ -23,6 +30,10 @@ _VALUE = re.compile(r"[\t\x20-\x7e]*")
 _OURS = frozenset(
     {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
 )
+# Ours, and those that say how a request is to be read: masking `train` or `application/json` would hide only sense.
+_NO_SECRETS = frozenset(
+    {"content-type", "content-language", "accept", "accept-encoding", "accept-language", "cache-control", "user-agent"}
+) | {"x-rollout-id", "x-job-id", "x-step", "x-split", "idempotency-key", "traceparent", "tracestate"}
 
 
 def check_url(url: str) -> str:
@@ -78,21 +89,76 @@ def show_url(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}" + ("?…" if parts.query else "")
 
 
-def hide_secrets(text: str, url: str, headers: Mapping[str, str]) -> str:
-    """`text` with every header value, and whatever credentials the URL holds, masked.
+@dataclass(frozen=True)
+class Mask:
+    """Takes secrets out of what endpoints say back, for they may echo what they were sent. Masks add up with `|`.
 
-    An endpoint may echo what it was sent in its error page, so this runs over everything quoted from outside. Masks
-    the last word of a value too (`Bearer TOKEN`). Values under 4 characters stay: masking them would shred the text.
+    A header's value goes whole, and by each part that would do alone: its last word (`Bearer TOKEN`), what stands
+    behind a `=` (cookies, digests), the pair inside `Basic`; plain, and as JSON, HTML and URLs escape it. Parts under
+    4 characters stay and those under 8 go as whole words only, or they would shred the text.
     """
-    found = {piece for value in headers.values() for piece in (value.strip(), *value.split()[-1:])}
-    parts = urlsplit(url)
-    found |= {parts.query, parts.password or "", *(pair.partition("=")[2] for pair in parts.query.split("&"))}
-    for secret in sorted((piece for piece in found if len(piece) >= 4), key=len, reverse=True):
-        text = text.replace(secret, MASK)
-    return text
+
+    pieces: tuple[str, ...] = field(default=(), repr=False)  # the longest first: one may be part of another
+
+    @classmethod
+    def of(cls, *headers: Mapping[str, str], url: str = "") -> Mask:
+        """For everything that was sent in these headers, and for the credentials that the URL holds."""
+        values = [value for each in headers for name, value in each.items() if name.lower() not in _NO_SECRETS]
+        found = {part for value in values for part in _parts(value)} | _parts_of_url(url)
+        forms = {form for part in found if len(part) >= SHORTEST_MASKED for form in _forms(part)}
+        return cls(tuple(sorted(forms, key=lambda form: (-len(form), form))))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Mask(tuple(sorted({*self.pieces, *other.pieces}, key=lambda form: (-len(form), form))))
+
+    def __call__(self, text: str) -> str:
+        for piece in self.pieces:
+            if piece not in text:
+                continue
+            if len(piece) < SHORTEST_INSIDE_WORDS:
+                text = re.sub(rf"(?<!\w){re.escape(piece)}(?!\w)", MASK, text)
+            else:
+                text = text.replace(piece, MASK)
+        return text
+
+    def value(self, value: Any) -> Any:
+        """A copy of a JSON value with every text masked, keys too. Raises RecursionError as `json` does."""
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, dict):
+            return {self(name): self.value(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [self.value(entry) for entry in value]
+        return value
 
 
-def quote(body: bytes, url: str, headers: Mapping[str, str]) -> str:
+def quote(body: bytes, mask: Mask) -> str:
     """The beginning of an answer for a message, on one line; secrets are masked before it is cut, not after."""
-    text = " ".join(hide_secrets(body.decode("utf-8", "replace"), url, headers).split())
+    text = " ".join(mask(body.decode("utf-8", "replace")).split())
     return (text[:QUOTED_CHARS] + "…" if len(text) > QUOTED_CHARS else text) or "(empty)"
+
+
+def _parts(value: str) -> set[str]:
+    """What of a header's value lets somebody in."""
+    words = value.split()
+    parts = {value.strip(), *words[-1:]}
+    parts |= {pair.partition("=")[2].strip('"') for pair in re.split(r"[\s;,]+", value)}
+    if len(words) == 2 and words[0].lower() == "basic":
+        try:
+            pair = base64.b64decode(words[1], validate=True).decode()
+        except ValueError:
+            return parts  # then its server cannot read it either
+        parts |= {pair, pair.partition(":")[2]}
+    return parts
+
+
+def _parts_of_url(url: str) -> set[str]:
+    parts = urlsplit(url)
+    values = {pair.partition("=")[2] for pair in parts.query.split("&")}
+    return {parts.query, parts.password or "", *values, *map(unquote_plus, values)}
+
+
+def _forms(part: str) -> set[str]:
+    """The part as it may stand in a JSON body (with `/` escaped or not), in an HTML page, in a URL."""
+    inside = json.dumps(part)[1:-1]
+    return {part, inside, inside.replace("/", "\\/"), html.escape(part), percent_encoded(part, safe="")}

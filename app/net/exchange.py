@@ -19,7 +19,7 @@ from typing import Protocol
 import httpx
 
 from app.net.clients import CONNECT_TIMEOUT_S, EgressDenied, HttpClient
-from app.net.endpoint import hide_secrets, quote, show_url
+from app.net.endpoint import Mask, quote, show_url
 
 MAX_BODY_BYTES = 1024 * 1024  # both ways (contract §7.4, §7.5: 1 MB)
 LONGEST_ASKED_PAUSE_S = 60.0  # a Retry-After beyond this is a refusal when no deadline says otherwise
@@ -106,17 +106,19 @@ async def post_json(
     retry: Retry | None = None,
     gate: Gate | None = None,
     watch: Watch | None = None,
+    mask: Mask | None = None,
 ) -> Answer:
     """POST `body` until there is an answer, `retry` is used up, or `deadline` (time.monotonic()) is near.
 
     timeout_s bounds one attempt from dialling to the last byte; `watch` hears how each ended. Raises Unanswered.
+    mask: for what no reason may hold beside the headers and what the URL holds. An `Answer` is as it came.
     """
-    retry = retry or Retry()
+    retry, mask = retry or Retry(), mask or Mask()
     started = time.monotonic()
     attempt, last = 0, "its deadline passed before the first attempt"
 
     def unanswered(reason: str) -> Unanswered:
-        return Unanswered(url, attempt, hide_secrets(reason, url, headers), time.monotonic() - started)
+        return Unanswered(url, attempt, _hidden(mask, headers, url)(reason), time.monotonic() - started)
 
     while True:
         left = _left(deadline)
@@ -133,7 +135,7 @@ async def post_json(
         asked = time.monotonic()
         try:
             async with asyncio.timeout(limit):
-                status, content = await _attempt(http, url, body, headers, limit)
+                status, content = await _attempt(http, url, body, headers, limit, mask)
             if watch is not None:
                 watch(Attempted(status, time.monotonic() - asked))
             return Answer(status, content, attempt, time.monotonic() - started)
@@ -155,12 +157,16 @@ async def post_json(
         await asyncio.sleep(pause)
 
 
+def _hidden(mask: Mask, headers: Mapping[str, str], url: str) -> Mask:
+    return mask | Mask.of(headers, url=url)  # when something went wrong only: most requests need none
+
+
 def _left(deadline: float | None) -> float:
     return float("inf") if deadline is None else deadline - time.monotonic()
 
 
 async def _attempt(
-    http: HttpClient, url: str, body: bytes, headers: Mapping[str, str], limit: float
+    http: HttpClient, url: str, body: bytes, headers: Mapping[str, str], limit: float, mask: Mask
 ) -> tuple[int, bytes | None]:
     timeout = httpx.Timeout(limit, connect=min(limit, CONNECT_TIMEOUT_S))
     try:
@@ -180,7 +186,7 @@ async def _attempt(
         raise _Fault(f"answered with the redirect {status}, which is not followed; give the final URL", again=False)
     if status >= 500 or status in TRANSIENT_4XX:
         pause = _retry_after(response.headers.get("retry-after"))
-        said = f": {quote(content, url, headers)}" if content else ""
+        said = f": {quote(content, _hidden(mask, headers, url))}" if content else ""
         raise _Fault(f"answered {status}{said}", again=True, retry_after_s=pause, status=status)
     return status, content
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.security.vault import KEY_FILE, VaultError
+from app.storage.local import sync
 
 
 @contextmanager
@@ -54,8 +55,4 @@ def _replace(path: Path, keys: list[str]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else a power cut may bring the old file back after values were sealed with the new key
-    finally:
-        os.close(folder)
+    sync(path.parent)  # else a power cut may bring the old file back after values were sealed with the new key

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-MASK = "***"
 KEY_FILE = "secret.key"
 SETTING = "HONE_SECRET_KEY"
 MIN_SECRET_CHARS = 32
@@ -123,11 +122,6 @@ def load_vault(secret_key: str | None, data_dir: Path) -> Vault:
     if not path.exists():
         _create(path)
     return FileVault(path)
-
-
-def redact_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers as they may be shown: names, no values."""
-    return dict.fromkeys(headers, MASK)
 
 
 def _create(path: Path) -> None:

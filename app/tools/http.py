@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from app.core import tracing
 from app.net.clients import CONNECT_TIMEOUT_S, HttpClient, InvalidURL, TimeoutException, TransportError
-from app.net.endpoint import hide_secrets, quote, show_url
+from app.net.endpoint import Mask, quote, show_url
 from app.net.exchange import MAX_BODY_BYTES, Answer, Retry, Unanswered, Watch, post_json
 from app.net.guard import EgressDenied
 
@@ -23,11 +24,17 @@ _LIMIT = f"{MAX_BODY_BYTES // (1024 * 1024)} MB"
 
 @dataclass(frozen=True)
 class ToolEndpoint:
-    """Where a tool of the job answers. `headers` are secrets."""
+    """Where a tool of the job answers. `headers` are secrets; `mask` knows the job's other ones."""
 
     name: str
     server_url: str
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(repr=False)
+    mask: Mask = field(default_factory=Mask)
+
+    @cached_property
+    def hidden(self) -> Mask:
+        """For all that it says: neither the model nor a trace, an event or a log is to learn a secret."""
+        return self.mask | Mask.of(self.headers)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class CallContext:
 
 @dataclass(frozen=True)
 class ToolOutcome:
-    """What the model is shown. is_error: the endpoint refused (4xx), or a size limit was passed (413)."""
+    """What the model is shown, secrets masked. is_error: the endpoint refused (4xx), or a size was passed (413)."""
 
     output: str
     status: int
@@ -76,10 +83,10 @@ class ToolFailed(Exception):
 
     def __init__(self, tool: str, url: str, attempts: int, last_error: str) -> None:
         self.tool = tool
-        self.url = url
+        self.url = show_url(url)
         self.attempts = attempts
         self.last_error = last_error
-        super().__init__(f"tool {tool!r} at {url} failed after {attempts} attempt(s): {last_error}")
+        super().__init__(f"tool {tool!r} at {self.url} failed after {attempts} attempt(s): {last_error}")
 
 
 class EndpointUnreachable(Exception):
@@ -124,21 +131,23 @@ async def call_tool(
     headers = request_headers(endpoint.headers, context, f"{context.trace_id}:{call.call_id}")
     try:
         answer = await post_json(
-            http, endpoint.server_url, body, headers, timeout_s=timeout_s, deadline=deadline, retry=retry, watch=watch
-        )
+            http, endpoint.server_url, body, headers,
+            timeout_s=timeout_s, deadline=deadline, retry=retry, watch=watch, mask=endpoint.mask,
+        )  # fmt: skip
     except Unanswered as error:
         raise ToolFailed(endpoint.name, error.url, error.attempts, error.last_error) from None
     if answer.body is None:
         return _too_large(call.name, "response", answer.attempts, answer.seconds)
-    if answer.status >= 400:
-        return ToolOutcome(_refusal(answer), answer.status, answer.attempts, answer.seconds, is_error=True)
-    output = _output(answer.body)
+    refused = answer.status >= 400
+    output = _refusal(answer) if refused else _output(answer.body)
     if output is None:
         # The contract is silent here. What the model would read is not what the tool said, so it is a fault.
-        said = quote(answer.body, endpoint.server_url, endpoint.headers)
+        said = quote(answer.body, endpoint.hidden | Mask.of(url=endpoint.server_url))
         reason = f"answered {answer.status} without a JSON object that holds 'output': {said}"
-        raise ToolFailed(endpoint.name, show_url(endpoint.server_url), answer.attempts, reason)
-    return ToolOutcome(output, answer.status, answer.attempts, answer.seconds, is_error=False)
+        raise ToolFailed(endpoint.name, endpoint.server_url, answer.attempts, reason)
+    # Also of a success: what the model reads it may write, into traces, to graders, and to whoever chats with it.
+    shown = endpoint.hidden(output)
+    return ToolOutcome(shown, answer.status, answer.attempts, answer.seconds, is_error=refused)
 
 
 def request_headers(own: Mapping[str, str], context: CallContext, idempotency_key: str) -> dict[str, str]:
@@ -168,7 +177,7 @@ async def dial(http: HttpClient, url: str, *, timeout_s: float = CONNECT_TIMEOUT
         reason = str(error) or type(error).__name__
     except (InvalidURL, UnicodeError):
         reason = "not a valid URL"
-    raise EndpointUnreachable(show_url(url), hide_secrets(reason, url, {}))
+    raise EndpointUnreachable(show_url(url), Mask.of(url=url)(reason))
 
 
 def _output(body: bytes) -> str | None:

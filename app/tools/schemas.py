@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import InvalidRequest
-from app.net.endpoint import MASK, check_headers, check_url
+from app.net.endpoint import MASK, Mask, check_headers, check_url
 from app.tools.http import ToolEndpoint
 
 MAX_TOOLS = 128
@@ -38,9 +38,9 @@ class ToolSpec(BaseModel):
     server_url: EndpointUrl
     headers: SecretHeaders = Field(default_factory=dict, repr=False)
 
-    def endpoint(self) -> ToolEndpoint:
-        """The domain value that `call_tool` takes."""
-        return ToolEndpoint(self.name, self.server_url, self.headers)
+    def endpoint(self, mask: Mask) -> ToolEndpoint:
+        """The domain value that `call_tool` takes. mask: for the secrets of the whole job."""
+        return ToolEndpoint(self.name, self.server_url, self.headers, mask)
 
     def redacted(self) -> dict[str, Any]:
         """The canonical wire form with every header value masked."""

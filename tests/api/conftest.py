@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
+from app.checkpoints import store
 from app.core.settings import Settings
 from app.db import migrate
 from app.db.engine import Database
@@ -127,7 +128,7 @@ async def sampler(silent: FakeSampler, database: Database) -> FakeSampler:
 
 
 @pytest.fixture
-async def tuned(database: Database) -> str:
+async def tuned(database: Database, settings: Settings) -> str:
     """A finished job with two checkpoints; the name of its result."""
     common = {"project_id": "proj_default", "created_at": 1.0}
     async with database.begin() as session:
@@ -139,10 +140,20 @@ async def tuned(database: Database) -> str:
         )  # fmt: skip
         await session.flush()
         for step in (4, 8):
+            path, sha256 = write_checkpoint(settings, step)
             session.add(
                 Checkpoint(
                     id=f"ckpt-{step}", job_id="ftjob-1", step=step, attempt=1, name=f"{TUNED}:ckpt-step-{step}",
-                    base_model="bytes", path=f"/adapters/{step}", sha256="0", metrics={}, **common,
+                    base_model="bytes", path=path, sha256=sha256, metrics={}, **common,
                 )
             )  # fmt: skip
     return TUNED
+
+
+def write_checkpoint(settings: Settings, step: int) -> tuple[str, str]:
+    """Directory and digest of a checkpoint of `tuned`, whose weights are nobody's."""
+    adapter, target = settings.root / f"adapter-{step}", settings.checkpoints_dir / store.key_of("ftjob-1", 1, step)
+    adapter.mkdir(exist_ok=True)
+    for name in store.ADAPTER_FILES:
+        (adapter / name).write_text(f"{name} of step {step}")
+    return str(target), store.publish(adapter, target, {"step": step})

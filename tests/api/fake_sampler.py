@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -41,6 +42,11 @@ class FakeSampler:
     adapters: dict[str, str] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     abandoned: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def loaded(self) -> dict[str, str]:
+        """Adapter names, each with the last part of its path."""
+        return {name: Path(path).name for name, path in self.adapters.items()}
 
     def app(self) -> Starlette:
         return Starlette(

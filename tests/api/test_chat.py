@@ -56,7 +56,7 @@ def test_tuned_model_and_checkpoint_have_adapters_of_their_own(
         for name in ("bytes", tuned, f"{tuned}:ckpt-step-4")
     }
     assert list(said.values()) == ["bytes", "ckpt-8", "ckpt-4"]
-    assert sampler.adapters == {"ckpt-8": "/adapters/8", "ckpt-4": "/adapters/4"}
+    assert sampler.loaded == {"ckpt-8": "step-8", "ckpt-4": "step-4"}
 
 
 def test_a_tool_loop(client: OpenAI, sampler: FakeSampler, settings: Settings) -> None:
@@ -217,4 +217,4 @@ async def test_two_hundred_at_once(async_client: AsyncOpenAI, sampler: FakeSampl
         return completion.choices[0].message.content
 
     assert await asyncio.gather(*(one() for _ in range(200))) == ["84"] * 200
-    assert sampler.adapters == {"ckpt-8": "/adapters/8"}
+    assert sampler.loaded == {"ckpt-8": "step-8"}

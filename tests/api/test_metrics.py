@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from app.db.engine import Database
-from app.db.tables import Event, Job, Process, Rollout, Sampler
+from app.db.tables import Event, Job, Rollout, Sampler, Worker
 
 COMMON = {"project_id": "proj_secret"}
 
@@ -86,7 +86,8 @@ async def test_only_what_still_beats_is_alive(http: httpx.Client, database: Data
     for name, age in (("new", 0.0), ("old", 3600.0)):
         then = time.time() - age
         async with database.begin() as session:
-            session.add(Process(id=name, kind="runner", host=name, pid=1, started_at=then, heartbeat=then, **COMMON))
+            numbers = {"pid": 1, "process_group": 1, "process_started": 0, "started_at": then, "heartbeat": then}
+            session.add(Worker(id=name, kind="runner", host=name, place="", **numbers, **COMMON))
             session.add(
                 Sampler(
                     id=name, base_model="bytes", url=name, host=name, adapter_root="/", max_loras=4, info={},

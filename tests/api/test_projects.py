@@ -94,7 +94,7 @@ def stranger(live_server: LiveServer, other_key: str) -> Iterator[httpx.Client]:
 
 async def dump(database: Database) -> dict[str, list[Any]]:
     async with database.read() as session:
-        tables = [table for name, table in Base.metadata.tables.items() if name not in ("api_keys", "processes")]
+        tables = [table for name, table in Base.metadata.tables.items() if name not in ("api_keys", "workers")]
         return {table.name: sorted(map(str, await session.execute(select(table)))) for table in tables}
 
 

@@ -118,7 +118,7 @@ def test_the_sdks_accumulator_reads_a_stream(client: OpenAI, sampler: FakeSample
 def test_a_tuned_model_answers_with_its_adapter(client: OpenAI, sampler: FakeSampler, tuned: str) -> None:
     sampler.say = lambda request: request["model"]
     assert client.responses.create(model=tuned, input=ASKED).output_text == "ckpt-8"
-    assert sampler.adapters == {"ckpt-8": "/adapters/8"}
+    assert sampler.loaded == {"ckpt-8": "step-8"}
 
 
 def test_an_answer_that_was_cut_is_incomplete(client: OpenAI, sampler: FakeSampler) -> None:
@@ -232,7 +232,7 @@ async def test_a_sampler_that_dies_half_way_is_replaced_by_another(
         assert answer.output_text == "84"
         assert sorted(asked) == ["smp-1", "smp-2"]
         assert answer.to_dict()["hone"]["sampler"] == asked[1]
-        assert sampler.adapters == other.adapters == {"ckpt-8": "/adapters/8"}
+        assert sampler.loaded == other.loaded == {"ckpt-8": "step-8"}
 
 
 async def test_a_failure_after_the_first_event_is_an_error_the_client_raises(

@@ -1,6 +1,6 @@
 """Secrets in tool and grader headers, and the API key: searched for in everything that a session left behind.
 
-Does not cover: what a worker writes; it masks what endpoints say back (`app.net.endpoint.hide_secrets`).
+Does not cover: what a worker writes (`tests/e2e/test_secrets.py`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import base64
 import json
 import logging
 import re
-import sqlite3
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,15 +20,15 @@ from app.db.engine import Database
 from app.db.tables import Job
 from app.jobs.headers import open_headers
 from app.security import rotation
-from app.security.vault import KEY_FILE, load_vault
+from app.security.vault import load_vault
 from app.webhooks import service as webhooks
 from tests.api.jobs_fixture import MODEL, install_model
 from tests.api.live_server import LiveServer
+from tests.canary import found_in, left_in
 from tests.db.rows import GRADER, dataset
 
 TOOL, GRADE, NESTED, REFUSED = ("canary-tool-7d1e", "canary-grade-52af", "canary-nested-c0d4", "canary-refused-91bb")
 CLIENTS = ("httpx", "httpcore", "urllib3")  # the test's own side of the wire
-KEYS = {KEY_FILE, "api_keys.secret"}
 
 
 def method(**tool: Any) -> dict[str, Any]:
@@ -70,26 +68,6 @@ def session_of(http: httpx.Client) -> list[httpx.Response]:
     refused.append(http.post("/v1/chat/completions", content=torn))
     assert {answer.status_code for answer in refused} == {400}, [answer.text for answer in refused]
     return [*uploads, created, *looked, *changed, *refused]
-
-
-def found_in(text: str, secrets: list[str]) -> list[str]:
-    """The secrets in a text, plain or in base64 at any offset."""
-    hits = [secret for secret in secrets if secret in text]
-    for secret in secrets:
-        for shift in range(3):
-            core = base64.b64encode(b"\0" * shift + secret.encode()).decode()[4:-4]
-            hits += [f"{secret} in base64"] if core in text else []
-    return hits
-
-
-def left_in(root: Path) -> dict[str, str]:
-    """Every file of the installation but the keys themselves, and the database as SQL."""
-    files = [path for path in root.rglob("*") if path.is_file() and path.name not in KEYS]
-    texts = {str(path.relative_to(root)): path.read_bytes().decode("latin-1") for path in files}
-    with sqlite3.connect(root / "hone.db") as connection:
-        texts["dump"] = "\n".join(connection.iterdump())
-    connection.close()
-    return texts
 
 
 async def test_no_secret_is_left_anywhere(

@@ -4,7 +4,9 @@ import asyncio
 import contextvars
 import json
 import logging
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -28,13 +30,15 @@ class Written:
 
 @pytest.fixture
 def stream(capsys: pytest.CaptureFixture[str]) -> Iterator[Written]:
-    """The root logger is put back afterwards."""
+    """The root logger and the hooks are put back afterwards."""
     root = logging.getLogger()
-    before, level = root.handlers[:], root.level
+    before, level, hook = root.handlers[:], root.level, sys.excepthook
     root.handlers.clear()  # `configure` closes those that it finds
     yield Written(capsys)
     root.handlers[:] = before
     root.setLevel(level)
+    logging.captureWarnings(False)
+    sys.excepthook = hook
 
 
 def lines(stream: Written) -> list[dict[str, object]]:
@@ -61,6 +65,18 @@ def test_a_traceback_stays_on_its_line(stream: Written) -> None:
         log.exception("it broke")
     (line,) = lines(stream)
     assert "ValueError: first\nsecond" in str(line["exception"])
+
+
+def test_a_warning_and_the_exception_that_ends_a_process_are_lines_too(stream: Written) -> None:
+    hone_logging.configure("json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old\nways", DeprecationWarning, stacklevel=1)
+    error = ValueError("gone")
+    sys.excepthook(ValueError, error, None)
+    warned, ended = lines(stream)
+    assert (warned["level"], "old\nways" in str(warned["message"])) == ("warning", True)
+    assert (ended["level"], ended["exception"]) == ("critical", "ValueError: gone")
 
 
 def test_a_field_cannot_replace_the_message(stream: Written) -> None:

@@ -12,9 +12,10 @@ import pytest
 from app.graders.base import Grade, GraderFailed, InvalidScore, Sample
 from app.graders.build import build_grader
 from app.graders.rate import RateLimit
-from app.graders.sample import sample_of_messages, sample_of_text
+from app.graders.sample import sample_of_messages
 from app.graders.schemas import parse_grader
 from app.net.clients import HttpClient
+from app.net.endpoint import Mask
 from app.net.exchange import MAX_BODY_BYTES, Retry
 from app.tools.http import CallContext
 from tests.unit.net.user_endpoint import Reply, UserEndpoint
@@ -28,8 +29,13 @@ async def grade(
     http: HttpClient, grader: Mapping[str, Any], sample: Sample | str, *, item: Mapping[str, Any] = ITEM
 ) -> Grade:
     built = build_grader(parse_grader(grader), http, timeout_s=5, retry=Retry(base_s=0.01))
-    shown = sample_of_text(sample) if isinstance(sample, str) else sample
+    shown = said(sample) if isinstance(sample, str) else sample
     return await built.grade(shown, item, CONTEXT, deadline=time.monotonic() + 10)
+
+
+def said(text: str) -> Sample:
+    """A sample of one final message."""
+    return sample_of_messages([{"role": "assistant", "content": text}], wants_json=True)
 
 
 def check(operation: str, text: str = "{{sample.output_text}}", reference: str = "{{item.answer}}") -> dict[str, Any]:
@@ -143,19 +149,53 @@ async def test_a_talkative_answer_is_not_kept_whole(http: HttpClient, endpoint: 
     assert list((await grade(http, asks(endpoint), "x")).extra) == ["omitted_bytes"]
 
 
+async def test_a_grader_that_echoes_a_secret_of_the_job_leaves_none_in_the_grade(
+    http: HttpClient, endpoint: UserEndpoint
+) -> None:
+    said = f"{SECRET} and tool-s3cr3t"
+    endpoint.plays(Reply(200, {"score": 0.5, "reason": said, "scores": {said: 1}, "seen": {said: [said, 3]}}))
+    spec = parse_grader(multi("judge", judge=asks(endpoint)))
+    built = build_grader(spec, http, timeout_s=5, mask=Mask.of({"X-Key": "tool-s3cr3t"}))
+    got = await built.grade(sample_of_messages([]), ITEM, CONTEXT)
+    assert (got.score, got.reason) == (0.5, "judge: *** and ***")
+    assert got.extra["judge"]["seen"] == {"*** and ***": ["*** and ***", 3]}
+    assert "s3cr3t" not in f"{got}"
+
+
+@pytest.mark.parametrize("status", [400, 503, 200])
+async def test_a_grader_that_fails_names_no_secret(http: HttpClient, endpoint: UserEndpoint, status: int) -> None:
+    endpoint.plays(Reply(status, {"error": f"{SECRET} and tool-s3cr3t"}))
+    mask = Mask.of({"X-Key": "tool-s3cr3t"})
+    built = build_grader(parse_grader(asks(endpoint)), http, timeout_s=5, retry=Retry(base_s=0.01), mask=mask)
+    with pytest.raises((GraderFailed, InvalidScore), match=r"\*\*\* and \*\*\*") as failed:
+        await built.grade(sample_of_messages([]), ITEM, CONTEXT)
+    assert "s3cr3t" not in str(failed.value)
+
+
+async def test_a_score_named_like_a_header_value_is_still_read(http: HttpClient, endpoint: UserEndpoint) -> None:
+    endpoint.plays(Reply(200, {"score": 0.25, "reason": "score"}))
+    got = await grade(http, asks(endpoint, headers={"X-Kind": "score"}), "x")
+    assert (got.score, got.reason) == (0.25, "***")
+
+
+async def test_an_answer_nested_too_deep_to_be_kept_is_still_a_score(http: HttpClient, endpoint: UserEndpoint) -> None:
+    endpoint.plays(Reply(200, b'{"score": 1, "deep": ' + b"[" * 900 + b"]" * 900 + b"}"))
+    assert (await grade(http, asks(endpoint), "x")).score == 1
+
+
 async def test_a_rate_limit_spaces_the_requests(http: HttpClient, endpoint: UserEndpoint) -> None:
     endpoint.plays(Reply(200, {"score": 1}))
     built = build_grader(parse_grader(asks(endpoint, rate_limit=20)), http, timeout_s=5)
-    await asyncio.gather(*(built.grade(sample_of_text("x"), ITEM, CONTEXT) for _ in range(5)))
+    await asyncio.gather(*(built.grade(said("x"), ITEM, CONTEXT) for _ in range(5)))
     assert max(endpoint.at) - min(endpoint.at) >= 0.19
 
 
 async def test_a_rate_limit_does_not_outlive_the_deadline(http: HttpClient, endpoint: UserEndpoint) -> None:
     endpoint.plays(Reply(200, {"score": 1}))
     built = build_grader(parse_grader(asks(endpoint, rate_limit=0.01)), http, timeout_s=5)
-    await built.grade(sample_of_text("x"), ITEM, CONTEXT)
+    await built.grade(said("x"), ITEM, CONTEXT)
     with pytest.raises(GraderFailed, match="rate limit"):
-        await built.grade(sample_of_text("x"), ITEM, CONTEXT, deadline=time.monotonic() + 0.1)
+        await built.grade(said("x"), ITEM, CONTEXT, deadline=time.monotonic() + 0.1)
 
 
 async def test_a_rate_limit_saves_nothing_up_while_idle() -> None:
@@ -216,4 +256,4 @@ def test_a_sample_shows_the_final_message_and_every_call() -> None:
     assert sample_of_messages(messages).output_json is None
     assert sample_of_messages(messages[:-1]).output_text == ""
     assert sample_of_messages([]).output_text == ""
-    assert sample_of_text('{"a": NaN}').output_json is None
+    assert said('{"a": NaN}').output_json is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import socket
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -13,6 +12,7 @@ import pytest
 
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
 from app.net.exchange import MAX_BODY_BYTES, Answer, Attempted, Retry, Unanswered, _retry_after, post_json
+from deploy.local.ports import free_port
 from tests.unit.net.user_endpoint import Reply, UserEndpoint
 
 FAST = Retry(base_s=0.01, cap_s=0.02)
@@ -23,13 +23,6 @@ async def post(http: HttpClient, url: str, *, timeout_s: float = 5.0, budget_s: 
     deadline = None if budget_s is None else time.monotonic() + budget_s
     headers = {"Authorization": SECRET}
     return await post_json(http, url, b"{}", headers, timeout_s=timeout_s, deadline=deadline, retry=FAST)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408, 425])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, select, update
 
 from app.core.settings import Settings
-from app.db import migrate
 from app.db.engine import Database, now
 from app.db.tables import Job, WebhookEndpoint
 from app.jobs.headers import open_headers, seal_headers
@@ -19,15 +17,6 @@ from app.security.vault import KEY_FILE, Vault, VaultError, load_vault
 from tests.db.rows import METHOD, Seed
 
 SECRET = "Bearer canary-1"
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    url = f"sqlite+aiosqlite:///{tmp_path / 'hone.db'}"
-    migrate.upgrade(url)
-    made = Database(url)
-    yield made
-    await made.close()
 
 
 async def add_job(database: Database, vault: Vault, job_id: str) -> None:

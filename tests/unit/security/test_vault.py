@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.security.vault import Vault, VaultError, load_vault, redact_headers
+from app.security.vault import Vault, VaultError, load_vault
 
 OLD, NEW = "o" * 32, "n" * 32
 
@@ -75,7 +75,3 @@ def test_a_short_key_is_refused_without_being_shown() -> None:
     with pytest.raises(VaultError) as error:
         Vault(["hunter2"])
     assert "hunter2" not in str(error.value)
-
-
-def test_redacted_headers_keep_their_names() -> None:
-    assert redact_headers({"Authorization": "s3cr3t", "X-Key": ""}) == {"Authorization": "***", "X-Key": "***"}

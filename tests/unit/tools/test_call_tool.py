@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
+from app.net.endpoint import Mask
 from app.net.exchange import MAX_BODY_BYTES, Retry
 from app.tools.http import (
     CallContext,
@@ -122,6 +123,41 @@ async def test_a_lasting_fault_fails_the_rollout_and_names_it(
     assert (error.tool, error.url, error.attempts) == ("lookup", endpoint.url, 4)
     assert error.last_error == f"answered {status}: I saw ***"
     assert "s3cr3t" not in f"{error} {error!r} {error.args}"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(400, {"headers": {"authorization": SECRET}}),
+        Reply(401, f"no such key: {SECRET}".encode()),
+        Reply(200, {"output": {"echo": [SECRET, "grader-s3cr3t"]}}),
+        Reply(200, {"result": {"output": SECRET}}),
+    ],
+)
+async def test_a_tool_that_echoes_a_secret_of_the_job_shows_none(
+    http: HttpClient, endpoint: UserEndpoint, reply: Reply
+) -> None:
+    endpoint.plays(reply)
+    tool = ToolEndpoint("lookup", endpoint.url, {"Authorization": SECRET}, Mask.of({"X-Key": "grader-s3cr3t"}))
+    outcome = await call_tool(http, tool, CALL, CONTEXT, timeout_s=5, deadline=None)
+    assert "***" in outcome.output
+    assert "s3cr3t" not in f"{outcome.output} {tool}"
+
+
+@pytest.mark.parametrize("status", [200, 503])
+async def test_a_fault_names_no_secret_of_another_endpoint(
+    http: HttpClient, endpoint: UserEndpoint, status: int
+) -> None:
+    endpoint.plays(Reply(status, b"{'x-key': 'grader-s3cr3t'}"))
+    tool = ToolEndpoint("lookup", f"{endpoint.url}?key=query-s3cr3t", {}, Mask.of({"X-Key": "grader-s3cr3t"}))
+    with pytest.raises(ToolFailed) as failed:
+        await call_tool(http, tool, CALL, CONTEXT, timeout_s=5, deadline=None, retry=Retry(base_s=0.01))
+    assert "***" in str(failed.value)
+    assert "s3cr3t" not in f"{failed.value} {failed.value.args}"
+
+
+def test_a_failure_shows_no_query_whoever_raises_it() -> None:
+    assert "s3cr3t" not in str(ToolFailed("lookup", "http://tools.example/x?key=s3cr3t", 0, "too busy"))
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>s3cr3t-value</html>", b"[1]", b'{"answer": 1}', b"[" * 100_000])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import InvalidRequest
+from app.net.endpoint import Mask
 from app.tools.schemas import parse_tools
 
 TOOL: dict[str, Any] = {"name": "search", "server_url": "https://a.example/s", "headers": {"Authorization": "s3cr3t"}}
@@ -15,7 +16,7 @@ TOOL: dict[str, Any] = {"name": "search", "server_url": "https://a.example/s", "
 def test_a_tool_keeps_its_extras_and_hides_its_headers() -> None:
     (tool,) = parse_tools([{**TOOL, "max_rps": 5}])
     assert tool.redacted() == {**TOOL, "headers": {"Authorization": "***"}, "max_rps": 5}
-    assert tool.endpoint().headers == {"Authorization": "s3cr3t"}
+    assert tool.endpoint(Mask()).headers == {"Authorization": "s3cr3t"}
     assert "s3cr3t" not in repr(tool)
 
 
