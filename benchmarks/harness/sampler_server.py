@@ -17,7 +17,7 @@ from app.core.settings import Settings
 from app.models.catalogue import BaseModel
 from app.net.clients import operator_client
 from app.samplers.client import SamplerClient
-from benchmarks.harness.processes import free_port
+from deploy.local.ports import free_port
 from workers.devices import gpus
 from workers.process import Child, spawn_on_leash
 from workers.sampler.last_words import last_words

@@ -21,7 +21,8 @@ import httpx
 from openai import OpenAI
 
 from app.models.catalogue import BaseModel
-from benchmarks.harness.processes import ROOT, free_port, process, wait_until
+from benchmarks.harness.processes import ROOT, process, wait_until
+from deploy.local.ports import free_port
 
 FINISHED = ("succeeded", "failed", "cancelled")
 START_S = 120.0
