@@ -17,11 +17,11 @@ COPY migrations migrations
 # The environment has no pip of its own: the image's serves while it is built.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python -m venv --without-pip /opt/hone \
-    && pip --python /opt/hone/bin/python install -c "${CONSTRAINTS}" '.[postgres,celery]'
+    && pip --python /opt/hone/bin/python install -c "${CONSTRAINTS}" '.[postgres,celery,s3]'
 
 FROM api-build AS worker-build
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip --python /opt/hone/bin/python install -c "${CONSTRAINTS}" '.[postgres,celery,train]'
+    pip --python /opt/hone/bin/python install -c "${CONSTRAINTS}" '.[postgres,celery,s3,train]'
 
 # What both images are made on: no compiler, no source tree, no root.
 FROM python:${PYTHON} AS runtime

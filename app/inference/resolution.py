@@ -7,16 +7,24 @@ the same name hundreds of times; an unknown name is looked up each time, so that
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakValueDictionary
 
+from app.checkpoints.library import Reference
+from app.checkpoints.store import CorruptCheckpoint
 from app.core.errors import NotFound, ServiceError
 from app.db.engine import Database
 from app.inference.repository import find_tuned
 from app.models.catalogue import BaseModel, BrokenModel, Catalogue, UnknownModel
 from app.rendering.protocol import ChatRenderer, NoRenderer
 from app.samplers.service import Adapter
+from app.storage.thread import in_thread
+
+log = logging.getLogger(__name__)
 
 KEEP_S = 5.0
 MAX_KEPT = 1024
@@ -36,28 +44,35 @@ class Target:
 
 
 class Resolver:
-    """Names to targets, for one process. `load_renderer` may read a tokenizer from disk: it runs in a thread."""
+    """Names to targets, for one process.
+
+    `load_renderer` may read a tokenizer from disk and `locate` fetch an adapter from storage: they run in threads.
+    """
 
     def __init__(
         self,
         database: Database,
         catalogue: Catalogue,
         load_renderer: Callable[[BaseModel], ChatRenderer],
+        locate: Callable[[Reference], Path],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
         self._catalogue = catalogue
         self._load_renderer = load_renderer
+        self._locate = locate
         self._clock = clock
         self._kept: dict[tuple[str, str], tuple[float, Target]] = {}
-        self._lock = asyncio.Lock()  # one look-up at a time: the hundred requests behind it find it kept
+        # One look-up of a name at a time: the hundred requests behind it find it kept.
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def resolve(self, project_id: str, name: str) -> Target:
-        """Raises NotFound (`model_not_found`, param `model`), or ModelBroken when its files cannot be used."""
+        """Raises NotFound (`model_not_found`, param `model`), ModelBroken when its files cannot be used, and
+        StorageUnavailable."""
         key = (project_id, name)
         if (target := self._fresh(key)) is not None:
             return target
-        async with self._lock:
+        async with self._locks.setdefault(key, asyncio.Lock()):
             if (target := self._fresh(key)) is not None:
                 return target
             target = await self._look_up(project_id, name)
@@ -90,7 +105,8 @@ class Resolver:
                 param="model",
                 code="model_not_found",
             )
-        return Target(base, Adapter(name=tuned.checkpoint_id, path=tuned.path), await self._renderer(base))
+        path = await self._path(name, tuned.files)
+        return Target(base, Adapter(name=tuned.checkpoint_id, path=str(path)), await self._renderer(base))
 
     async def _base(self, name: str) -> BaseModel | None:
         try:
@@ -98,10 +114,24 @@ class Resolver:
         except UnknownModel:
             return None
         except BrokenModel as error:
-            raise ModelBroken(str(error), param="model") from error
+            raise _broken(name, error) from error
+
+    async def _path(self, name: str, files: Reference) -> Path:
+        try:
+            return await in_thread(self._locate, files)
+        except CorruptCheckpoint as error:
+            raise _broken(name, error) from error
 
     async def _renderer(self, base: BaseModel) -> ChatRenderer:
         try:
             return await asyncio.to_thread(self._load_renderer, base)
         except NoRenderer as error:
-            raise ModelBroken(str(error), param="model") from error
+            raise _broken(base.id, error) from error
+
+
+def _broken(name: str, error: Exception) -> ModelBroken:
+    """The paths are for the operator."""
+    log.error("the model %s cannot be used: %s", name, error)
+    return ModelBroken(
+        f"The model `{name}` is installed, but its files cannot be used; the log of the API says why.", param="model"
+    )

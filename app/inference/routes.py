@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from app.checkpoints.library import Library
 from app.core.errors import NotFound
 from app.inference import answer
 from app.inference.request import Ask, read
@@ -34,7 +35,7 @@ async def chat_service(request: Request) -> ChatService:
     if not hasattr(state, "chat"):
         here = services(request)
         state.chat = ChatService(
-            Resolver(here.database, here.catalogue, load_renderer),
+            Resolver(here.database, here.catalogue, load_renderer, Library.of(here.settings).locate),
             here.samplers,
             max_model_len=here.settings.sampler_max_model_len,
         )

@@ -19,7 +19,14 @@ from app.inference.resolution import Resolver, Target
 from app.inference.turns import Choice, read_turn
 from app.rendering.protocol import MessageNotRenderable
 from app.samplers.client import Completion, CompletionRequest
-from app.samplers.errors import ModelNotServed, SamplerError, SamplerRejected, SamplerUnavailable
+from app.samplers.errors import (
+    AdapterNotVisible,
+    AdapterRefused,
+    ModelNotServed,
+    SamplerError,
+    SamplerRejected,
+    SamplerUnavailable,
+)
 from app.samplers.service import Lease, NoSampler, Samplers
 
 log = logging.getLogger(__name__)
@@ -131,14 +138,21 @@ class ChatService:
             except NoSampler as error:  # the keeper has been asked for one
                 raise Unavailable(error.reason, retry_after_s=error.retry_after_s, code="no_sampler") from error
             except (SamplerUnavailable, ModelNotServed, Aborted) as error:
-                failure = str(error)
-                log.warning(
-                    "a sampler failed a chat request", extra={"ctx": {"model": target.base.id, "error": failure}}
-                )
+                failure = _reason(error)
+                _tell_operator(target, error)
             except SamplerRejected as error:
                 raise _rejected(error, prompt.ask) from error
+            except AdapterNotVisible as error:
+                _tell_operator(target, error)
+                raise SamplingFailed(
+                    "The sampler does not find the files of this model; the log of the API says where it looked.",
+                    code="adapter_not_visible",
+                ) from error
             except SamplerError as error:
-                raise SamplingFailed(f"The sampler did not answer as agreed: {error}", code="sampler_failed") from error
+                _tell_operator(target, error)
+                raise SamplingFailed(
+                    f"The sampler did not answer as agreed: {_reason(error)}", code="sampler_failed"
+                ) from error
         raise Unavailable(
             f"The sampler failed twice: {failure}", retry_after_s=RETRY_AFTER_S, code="sampler_unavailable"
         )
@@ -196,6 +210,19 @@ class ChatService:
         )
 
 
+def _tell_operator(target: Target, error: Exception) -> None:
+    """With the addresses and paths that are not for whoever asked."""
+    model = target.base.id if target.adapter is None else target.adapter.name
+    log.warning("a sampler failed a chat request", extra={"ctx": {"model": model, "error": str(error)}})
+
+
+def _reason(error: SamplerError | Aborted) -> str:
+    """For whoever asked: no address of a server, no path of ours."""
+    if isinstance(error, AdapterRefused):
+        return "it cannot load the files of this model"
+    return error.reason if isinstance(error, SamplerError) else str(error)
+
+
 def _too_long(context: int, tokens: int, ask: Ask) -> InvalidRequest:
     return InvalidRequest(
         f"This model's context is {context} tokens and the messages are {tokens}; shorten them.",
@@ -207,7 +234,7 @@ def _too_long(context: int, tokens: int, ask: Ask) -> InvalidRequest:
 def _rejected(error: SamplerRejected, ask: Ask) -> ServiceError:
     """The sampler's 400 is the caller's where it names a field of the caller; else it is ours, or NaN weights."""
     if error.param == "input_tokens":
-        return InvalidRequest(str(error), param=ask.field("messages"), code="context_length_exceeded")
+        return InvalidRequest(error.reason, param=ask.field("messages"), code="context_length_exceeded")
     if error.param in ("max_tokens", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        return InvalidRequest(str(error), param=error.param)
-    return SamplingFailed(f"The sampler refused the request: {error}", code="sampler_rejected")
+        return InvalidRequest(error.reason, param=error.param)
+    return SamplingFailed(f"The sampler refused the request: {error.reason}", code="sampler_rejected")

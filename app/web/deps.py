@@ -18,6 +18,7 @@ from app.db.engine import Database
 from app.files.storage import Storage
 from app.jobs.doorbell import Doorbell
 from app.models.catalogue import Catalogue
+from app.rollouts.traces import Traces
 from app.samplers.service import Samplers
 from app.security.api_keys import PREFIX, Caller, KeyRing
 from app.security.rates import RateLimits, duration
@@ -34,6 +35,7 @@ class Services:
     settings: Settings
     database: Database
     storage: Storage
+    traces: Traces
     catalogue: Catalogue
     keys: KeyRing
     rates: RateLimits | None  # None: no limit
@@ -70,6 +72,10 @@ def _database(request: Request) -> Database:
 
 def _storage(request: Request) -> Storage:
     return services(request).storage
+
+
+def _traces(request: Request) -> Traces:
+    return services(request).traces
 
 
 def _catalogue(request: Request) -> Catalogue:
@@ -153,6 +159,7 @@ ServicesDep = Annotated[Services, Depends(services)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StorageDep = Annotated[Storage, Depends(_storage)]
+TracesDep = Annotated[Traces, Depends(_traces)]
 CatalogueDep = Annotated[Catalogue, Depends(_catalogue)]
 VaultDep = Annotated[Vault, Depends(_vault)]
 SamplersDep = Annotated[Samplers, Depends(_samplers)]

@@ -18,6 +18,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from app.core.errors import InvalidRequest, RateLimited, ServiceError, Unavailable
+from app.storage.errors import StorageUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -122,3 +123,8 @@ def install(app: FastAPI) -> None:
     async def _database(request: Request, error: OperationalError) -> JSONResponse:
         log.error("the database did not answer: %s", error.orig)
         return response(Unavailable("The database did not answer in time; try again.", retry_after_s=2))
+
+    @app.exception_handler(StorageUnavailable)
+    async def _storage(request: Request, error: StorageUnavailable) -> JSONResponse:
+        log.error("%s", error)
+        return response(Unavailable("The server's storage did not answer; try again.", retry_after_s=10))

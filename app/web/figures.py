@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.states import TERMINAL, JobStatus, RolloutState
 from app.db.engine import now
-from app.db.tables import Event, Job, Process, Rollout, Sampler, SamplerWant
+from app.db.tables import Event, Job, Rollout, Sampler, SamplerWant, Worker
 from app.samplers.repository import LIVE_WITHIN_S
 
 SILENT_AFTER_S = 30.0  # six beats of a runner or keeper
@@ -49,7 +49,7 @@ async def read(session: AsyncSession) -> Figures:
     for seconds in await session.scalars(select(Job.seconds).where(open_jobs)):
         phases.update(seconds)
     samplers = select(Sampler.base_model, func.count()).where(Sampler.heartbeat > now() - LIVE_WITHIN_S)
-    processes = select(Process.kind, func.count()).where(Process.heartbeat > now() - SILENT_AFTER_S)
+    processes = select(Worker.kind, func.count()).where(Worker.heartbeat > now() - SILENT_AFTER_S)
     expired = select(func.count()).where(Job.status == JobStatus.RUNNING, Job.lease_until < now())
     wanted = select(func.count()).select_from(SamplerWant).where(SamplerWant.wanted_until > now())
     return Figures(
@@ -60,7 +60,7 @@ async def read(session: AsyncSession) -> Figures:
         expired_leases=await session.scalar(expired) or 0,
         samplers=await _counts(session, samplers.group_by(Sampler.base_model)),
         samplers_wanted=await session.scalar(wanted) or 0,
-        processes=await _counts(session, processes.group_by(Process.kind)),
+        processes=await _counts(session, processes.group_by(Worker.kind)),
     )
 
 

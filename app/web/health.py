@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import migrate
 from app.db.engine import Database, now
-from app.db.tables import Process
+from app.db.tables import Worker
 from app.web.deps import DatabaseDep
 
 RUNNER_SILENCE_S = 30.0
@@ -50,7 +50,7 @@ async def problems(database: Database) -> dict[str, str]:
             revision = await session.scalar(text("SELECT version_num FROM alembic_version"))
             if revision != head:
                 return {"database": f"at revision {revision}, the code needs {head}: restart `hone up`, it migrates"}
-            silence = await session.scalar(select(now() - func.max(Process.heartbeat)).where(Process.kind == "runner"))
+            silence = await session.scalar(select(now() - func.max(Worker.heartbeat)).where(Worker.kind == "runner"))
     except (SQLAlchemyError, OSError) as error:
         return {"database": f"does not answer or was never migrated ({type(error).__name__})"}
     if silence is None:

@@ -23,6 +23,7 @@ from app.jobs.routes import router as jobs
 from app.models.catalogue import Catalogue, allowed_models
 from app.models.routes import router as models
 from app.rollouts.routes import router as rollouts
+from app.rollouts.traces import Traces
 from app.samplers.service import Samplers
 from app.security.api_keys import KeyRing, load_peppers
 from app.security.rates import RateLimits
@@ -39,7 +40,8 @@ def build_services(settings: Settings) -> Services:
     return Services(
         settings=settings,
         database=database,
-        storage=Storage(settings.files_dir),
+        storage=Storage.of(settings),
+        traces=Traces.of(settings),
         catalogue=Catalogue(settings.models_dir, allowed=allowed_models(settings.models_allowed)),
         keys=KeyRing(load_peppers(settings)),
         rates=RateLimits(settings.rate_limit_per_minute, settings.rate_limit_burst)

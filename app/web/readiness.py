@@ -7,6 +7,7 @@ keep sending requests while workers are away, because the queue takes jobs all t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -17,8 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.engine import Database
 from app.files.storage import Storage
+from app.storage.errors import StorageUnavailable
 from app.web.health import newest_revision
 from app.web.single_flight import SingleFlight
+
+log = logging.getLogger(__name__)
 
 DEADLINE_S = 2.0
 Check = Callable[[], Awaitable[str | None]]  # what is wrong, None: nothing
@@ -68,16 +72,14 @@ def of_service(database: Database, storage: Storage) -> Readiness:
             revision = await session.scalar(text("SELECT version_num FROM alembic_version"))
         return None if revision == head else f"the database is at revision {revision}, the code needs {head}"
 
-    def write() -> None:
-        with storage.receive(1) as draft:
-            draft.write(b"\0")
-            draft.finish()
-
     async def writable() -> str | None:
         try:
-            await asyncio.to_thread(write)
+            await asyncio.to_thread(storage.check)
         except OSError as error:
             return f"cannot be written: {error.strerror or type(error).__name__}"
+        except StorageUnavailable as error:
+            log.warning("%s", error)
+            return "does not answer"
         return None
 
     return Readiness({"database": answers, "migration": migrated, "storage": writable})

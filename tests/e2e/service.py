@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
+from deploy.local.ports import free_port
 from tests.e2e.agent_server import TOKEN
 from tests.e2e.teach import ITEMS, LOOKUP, question
 
@@ -220,10 +220,3 @@ def _jsonl(rows: list[dict[str, Any]]) -> bytes:
 def row(index: int) -> dict[str, Any]:
     item = ITEMS[index % len(ITEMS)]
     return {"messages": question(item), "tools": [LOOKUP], "parallel_tool_calls": False, "wanted": item, "n": index}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

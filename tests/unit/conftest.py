@@ -1,4 +1,4 @@
-"""For the rooms that speak to users' servers: a scripted endpoint, and a guarded client that may reach the loopback.
+"""For several rooms: a migrated database, a scripted endpoint, and a guarded client that may reach the loopback.
 
 Does not cover: the guard itself, whose tests make clients of their own.
 """
@@ -6,11 +6,23 @@ Does not cover: the guard itself, whose tests make clients of their own.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from app.db import migrate
+from app.db.engine import Database
 from app.net.clients import EgressPolicy, HttpClient, guarded_client
 from tests.unit.net.user_endpoint import UserEndpoint, serving
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    url = f"sqlite+aiosqlite:///{tmp_path / 'hone.db'}"
+    migrate.upgrade(url)
+    made = Database(url)
+    yield made
+    await made.close()
 
 
 @pytest.fixture

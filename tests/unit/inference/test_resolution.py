@@ -5,12 +5,16 @@ Does not cover: what is done with the adapter.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.checkpoints.library import Reference
+from app.checkpoints.store import CorruptCheckpoint
 from app.core.errors import NotFound
 from app.db import migrate
 from app.db.engine import Database
@@ -75,7 +79,11 @@ def time() -> list[float]:
 
 @pytest.fixture
 def resolver(database: Database, base: BaseModel, renderer: ChatRenderer, time: list[float]) -> Resolver:
-    return Resolver(database, Catalogue(base.path.parent), lambda _: renderer, clock=lambda: time[0])
+    return Resolver(database, Catalogue(base.path.parent), lambda _: renderer, as_named, clock=lambda: time[0])
+
+
+def as_named(files: Reference) -> Path:
+    return Path(files.path)
 
 
 async def test_a_base_model_has_no_adapter(resolver: Resolver, base: BaseModel) -> None:
@@ -129,10 +137,46 @@ async def test_a_tuned_model_without_its_base_names_the_base(resolver: Resolver,
         await resolver.resolve("p", "ft:orphan")
 
 
-async def test_a_model_that_cannot_be_rendered_is_an_operators_error(database: Database, base: BaseModel) -> None:
+async def test_a_model_that_cannot_be_rendered_is_an_operators_error(
+    database: Database, base: BaseModel, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(_: BaseModel) -> ChatRenderer:
-        raise NoRenderer("choose a renderer")
+        raise NoRenderer(f"{base.path}: choose a renderer")
 
-    resolver = Resolver(database, Catalogue(base.path.parent), fail)
-    with pytest.raises(ModelBroken, match="choose a renderer"):
+    resolver = Resolver(database, Catalogue(base.path.parent), fail, as_named)
+    with pytest.raises(ModelBroken, match="`bytes`") as caught:
         await resolver.resolve("p", "bytes")
+    assert str(base.path) not in caught.value.message
+    assert f"{base.path}: choose a renderer" in caplog.text
+
+
+async def test_files_that_are_not_what_was_trained_are_not_served(
+    database: Database, base: BaseModel, renderer: ChatRenderer
+) -> None:
+    def refuse(files: Reference) -> Path:
+        raise CorruptCheckpoint(f"{files.key} is damaged")
+
+    resolver = Resolver(database, Catalogue(base.path.parent), lambda _: renderer, refuse)
+    with pytest.raises(ModelBroken) as caught:
+        await resolver.resolve("p", f"{NAME}:ckpt-step-9")
+    assert "damaged" not in caught.value.message
+    assert isinstance(caught.value.__cause__, CorruptCheckpoint)
+    assert "j1/a1/step-9" in str(caught.value.__cause__)
+
+
+async def test_a_slow_look_up_holds_up_its_own_name_only(
+    database: Database, base: BaseModel, renderer: ChatRenderer
+) -> None:
+    calls, go_on = [], threading.Event()
+
+    def slow(files: Reference) -> Path:
+        calls.append(files.path)
+        assert go_on.wait(10)
+        return Path(files.path)
+
+    resolver = Resolver(database, Catalogue(base.path.parent), lambda _: renderer, slow)
+    waiting = [asyncio.create_task(resolver.resolve("p", NAME)) for _ in range(3)]
+    assert (await asyncio.wait_for(resolver.resolve("p", "bytes"), 5)).adapter is None
+    go_on.set()
+    assert len({target.adapter for target in await asyncio.gather(*waiting)}) == 1
+    assert calls == ["/adapters/10"]

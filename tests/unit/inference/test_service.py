@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.core.errors import InvalidRequest, Unavailable
+from app.core.errors import InvalidRequest, ServiceError, Unavailable
 from app.inference.capacity import Gate
 from app.inference.request import Ask, read
 from app.inference.resolution import Target
@@ -20,7 +20,14 @@ from app.inference.service import ChatService, DeadlineExceeded, SamplingFailed
 from app.models.catalogue import BaseModel
 from app.rendering.protocol import ChatRenderer
 from app.samplers.client import Completion
-from app.samplers.errors import ModelNotServed, SamplerMisbehaved, SamplerRejected, SamplerUnavailable
+from app.samplers.errors import (
+    AdapterNotVisible,
+    AdapterRefused,
+    ModelNotServed,
+    SamplerMisbehaved,
+    SamplerRejected,
+    SamplerUnavailable,
+)
 from app.samplers.service import Adapter
 from tests.unit.inference.model import CONTEXT, LOOKUP, FakeClient, FakeSamplers, completion
 
@@ -157,6 +164,29 @@ async def test_two_failures_are_a_503_with_the_reason(serve: Any) -> None:
     with pytest.raises(Unavailable, match="gone") as caught:
         await serve(FakeSamplers(FakeClient([DOWN, DOWN]))).answer("p", ask())
     assert caught.value.retry_after_s == 5.0
+
+
+HIDDEN = ("/srv/hone", "http://gpu-3:8101")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        AdapterNotVisible("/srv/hone/adapters/1", "/mnt/hone/adapters/1", url="http://gpu-3:8101"),
+        AdapterRefused("No adapter found for /srv/hone/adapters/1", url="http://gpu-3:8101"),
+        SamplerMisbehaved("the answer has no choices", url="http://gpu-3:8101"),
+        SamplerRejected("temperature is too high", url="http://gpu-3:8101", param="temperature"),
+        SamplerUnavailable("POST /v1/completions: no answer", url="http://gpu-3:8101"),
+    ],
+)
+async def test_a_caller_learns_neither_addresses_nor_paths_and_the_operator_does(
+    serve: Any, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ServiceError) as caught:
+        await serve(FakeSamplers(FakeClient([failure] * 2)), Adapter("ckpt-1", "/srv/hone/1")).answer("p", ask())
+    assert not [word for word in HIDDEN if word in str(caught.value)]
+    logged = "".join(str(vars(record).get("ctx")) for record in caplog.records)
+    assert str(failure) in logged or isinstance(failure, SamplerRejected)
 
 
 async def test_no_sampler_is_a_503_at_once(serve: Any) -> None:

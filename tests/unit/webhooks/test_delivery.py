@@ -6,7 +6,6 @@ Does not cover: who wins an attempt, and which status changes write the outbox (
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ from tests.unit.net.user_endpoint import Reply, Seen, UserEndpoint
 from workers.local import Runner
 
 VAULT = Vault(["0123456789abcdef0123456789abcdef"])
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    url = f"sqlite+aiosqlite:///{tmp_path / 'hone.db'}"
-    migrate.upgrade(url)
-    made = Database(url)
-    yield made
-    await made.close()
 
 
 @pytest.fixture
