@@ -16,8 +16,8 @@ from tests.contract.sampler.servers import EOS, teacher_forced, write_model
 from workers.sampler.builtin.engine import Engine, Limits
 from workers.sampler.builtin.generation import EngineFault, Generation, RequestRefused
 from workers.sampler.builtin.kv import PoolShelf
-from workers.sampler.builtin.lane import Lane
-from workers.sampler.builtin.model import LoadedModel, ModelRefused
+from workers.sampler.builtin.lane import CHUNK_BUDGET, Lane, bucket
+from workers.sampler.builtin.model import LoadedModel, ModelRefused, PackedLinear
 from workers.sampler.builtin.running import Running
 from workers.sampler.builtin.text import NoTokenizer
 
@@ -110,6 +110,36 @@ def test_a_random_crowd_with_evictions_computes_what_each_would_alone(directory:
             it.tree.evict(rng.randrange(200))
     drain(it)
     assert max(worst(row, reference) for row in rows) <= 1e-4
+
+
+def test_linear_layers_see_few_sizes_because_each_costs_a_kernel_that_is_kept(directory: Path) -> None:
+    rng, it = random.Random(5), lane(directory)
+    seen: set[int] = set()
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[-2]))
+        for layer in loaded(directory, torch.float32).base.module.modules()
+        if isinstance(layer, PackedLinear | torch.nn.Linear)
+    ]
+    steps = 0
+    for _ in range(60):
+        it.waiting.append(running([rng.randrange(250) for _ in range(rng.randrange(1, 400))], rng.randrange(1, 20)))
+        for _ in range(rng.randrange(6)):
+            if it.busy:
+                it.step()
+                steps += 1
+    drain(it)
+    for hook in hooks:
+        hook.remove()
+    assert steps > 50
+    assert seen <= {bucket(size) for size in range(CHUNK_BUDGET + 257)}
+    assert len({bucket(size) for size in range(CHUNK_BUDGET + 257)}) == 40
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [(0, 0), (1, 1), (3, 4), (9, 16), (64, 64), (65, 72), (129, 144), (513, 576)]
+)
+def test_a_bucket_is_the_next_of_few_sizes(rows: int, size: int) -> None:
+    assert bucket(rows) == size
 
 
 def test_a_cancelled_row_leaves_the_others_untouched(directory: Path, reference: Any) -> None:

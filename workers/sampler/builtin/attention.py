@@ -62,6 +62,7 @@ class Chunk:
 class StepPlan:
     keys: Tensor  # [layers, slots, kv_heads, capacity, head_dim]
     values: Tensor
+    tokens: int  # flat tokens that count; a row may be longer, and what stands behind them is computed for nothing
     write_index: Tensor  # [kv_heads * tokens] into slots * kv_heads * capacity
     blocks: Sequence[DecodeBlock]
     chunks: Sequence[Chunk]
@@ -103,20 +104,21 @@ def attend(
     """query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim] → [1, tokens, heads, dim]."""
     plan: StepPlan = _state.plan
     layer = module.layer_idx
-    _, heads, tokens, dim = query.shape
-    kv = key.shape[1]
+    _, heads, length, dim = query.shape
+    tokens, kv = plan.tokens, key.shape[1]
     keys, values = plan.keys[layer], plan.values[layer]
-    keys.view(-1, dim).index_copy_(0, plan.write_index, key.reshape(-1, dim))
-    values.view(-1, dim).index_copy_(0, plan.write_index, value.reshape(-1, dim))
-    q = query.reshape(kv, heads // kv, tokens, dim)
-    out = query.new_empty(tokens, kv, heads // kv, dim)
+    keys.view(-1, dim).index_copy_(0, plan.write_index, key[:, :, :tokens].reshape(-1, dim))
+    values.view(-1, dim).index_copy_(0, plan.write_index, value[:, :, :tokens].reshape(-1, dim))
+    q = query.reshape(kv, heads // kv, length, dim)
+    out = query.new_empty(length, kv, heads // kv, dim)
+    out[tokens:] = 0
     for block in plan.blocks:
         rows = q[:, :, block.start : block.stop]
         out[block.start : block.stop] = _decode(block, layer, rows, keys, values, scaling)
     for chunk in plan.chunks:
         rows = q[:, :, chunk.start : chunk.stop]
         out[chunk.start : chunk.stop] = _prefill(chunk, layer, rows, keys, values, scaling)
-    return out.view(1, tokens, heads, dim), None
+    return out.view(1, length, heads, dim), None
 
 
 def _decode(block: DecodeBlock, layer: int, q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -46,9 +46,10 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Inputs:
-    ids: Tensor  # [1, tokens]
+    ids: Tensor  # [1, a bucket of tokens]
     positions: Tensor
-    wanted: Tensor  # flat tokens whose logits are needed
+    wanted: Tensor  # [a bucket] flat tokens whose logits are needed
+    rows: int  # how many of `wanted` are
 
 
 class Lane:
@@ -101,7 +102,7 @@ class Lane:
         with attention.step(plan):
             logits = self._module(
                 input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, logits_to_keep=inputs.wanted
-            ).logits[0]
+            ).logits[0, : inputs.rows]
         sampled, ended = self._advance([*singles, *chunks], logits)
         prompt = sum(r.prompt_length for r in admitted)
         return StepReport(sampled, ended, prompt, sum(r.cached for r in admitted))
@@ -226,14 +227,17 @@ class Lane:
         plan = attention.StepPlan(
             keys=pool.keys,
             values=pool.values,
+            tokens=flat,
             write_index=torch.from_numpy((heads + np.concatenate(places)[None]).ravel()),
             blocks=self._blocks(singles),
             chunks=calls,
         )
+        filler = np.zeros(bucket(flat) - flat, dtype=np.int64)
         return plan, _Inputs(
-            torch.from_numpy(np.concatenate(ids))[None],
-            torch.from_numpy(np.concatenate(positions))[None],
-            torch.tensor(wanted, dtype=torch.long),  # said, because it may be empty
+            torch.from_numpy(np.concatenate([*ids, filler]))[None],
+            torch.from_numpy(np.concatenate([*positions, filler]))[None],
+            torch.tensor([*wanted, *[0] * (bucket(len(wanted)) - len(wanted))], dtype=torch.long),  # may be empty
+            len(wanted),
         )
 
     def _blocks(self, singles: Sequence[_Work]) -> list[attention.DecodeBlock]:
@@ -311,6 +315,17 @@ class Lane:
         if not self.rows and self.pool is not None:
             self._shelf.give(self.pool)
             self.pool = None
+
+
+def bucket(rows: int) -> int:
+    """The next of few sizes: oneDNN compiles and keeps a kernel, 0.1 to 0.3 MiB, for every number of rows it is given.
+
+    Powers of two to 8, then multiples of 8, from 64 on eight sizes an octave: up to an eighth is computed for nothing.
+    """
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length() if rows else 0
+    size = max(8, 1 << ((rows - 1).bit_length() - 4))
+    return -(-rows // size) * size
 
 
 def _block(start: int, work: Sequence[_Work], lengths: Tensor) -> attention.DecodeBlock:

@@ -120,6 +120,7 @@ class LoadedModel:
             plan = attention.StepPlan(
                 pool.keys,
                 pool.values,
+                stop - start,
                 (heads + torch.arange(start, stop)[None]).flatten(),
                 [],
                 [attention.Chunk(0, stop - start, 0, mask, ())],
