@@ -15,6 +15,7 @@ from workers.daemon import main
 from workers.doors import GRACE_S, bury, has_room, start_supervisor
 from workers.janitor import Housekeeping
 from workers.process import Child
+from workers.starts import Starts
 
 
 class Runner(Housekeeping):
@@ -23,12 +24,13 @@ class Runner(Housekeeping):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.children: dict[str, Child] = {}
+        self.starts = Starts()
 
     async def tick(self) -> None:
         for job_id, child in list(self.children.items()):
             if child.poll() is not None:
                 del self.children[job_id]
-                await bury(self.database, self.settings, job_id, child)
+                await bury(self.database, self.settings, job_id, child, self.starts)
         await super().tick()
 
     async def attend(self, waiting: Sequence[leases.Waiting]) -> None:
@@ -36,7 +38,7 @@ class Runner(Housekeeping):
         for job in waiting:
             if len(self.children) == self.settings.runner_slots:
                 return
-            if job.id in self.children or job.model in full:
+            if job.id in self.children or job.model in full or not self.starts.may_start(job.id):
                 continue
             if await has_room(self.database, self.settings, job.id):
                 self.children[job.id] = self.start(job.id)

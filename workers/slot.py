@@ -27,6 +27,7 @@ from workers.daemon import Daemon
 from workers.doors import GRACE_S, SUPERVISOR, bury, has_room, start_supervisor
 from workers.leftovers import end_leftovers
 from workers.presence import Presence
+from workers.starts import Starts
 
 log = logging.getLogger("hone.slot")
 
@@ -53,6 +54,7 @@ class Slot(Daemon):
         self.database = Database(settings.database)
         self.catalogue = Catalogue(settings.models_dir)
         self.taken = asyncio.Lock()
+        self.starts = Starts()
         self.presence = Presence(self.database, "worker", settings.hostname)
         self.beating: asyncio.Task[None] | None = None
 
@@ -88,7 +90,8 @@ class Slot(Daemon):
                 await self.unless_stopped(
                     validate_job(self.database, self.settings, self.catalogue, job_id, self.owner)
                 )
-            if await self.status(job_id) == JobStatus.QUEUED and not self.stopping.is_set():
+            may = self.starts.may_start(job_id) and not self.stopping.is_set()
+            if may and await self.status(job_id) == JobStatus.QUEUED:
                 if not await has_room(self.database, self.settings, job_id):
                     return False
                 await self.supervise(job_id)
@@ -117,7 +120,7 @@ class Slot(Daemon):
             if child.poll() is None:
                 await asyncio.to_thread(child.stop, GRACE_S)
         finally:
-            await bury(self.database, self.settings, job_id, child)
+            await bury(self.database, self.settings, job_id, child, self.starts)
 
     async def shut_down(self) -> None:
         async with self.taken:  # what a ring began ends first

@@ -32,6 +32,7 @@ from workers.registry import Registry
 from workers.rollouts.collector import spare_live_objects
 from workers.run import Run
 from workers.setup import JobFailure
+from workers.starts import PUT_BACK
 from workers.trainer_link import TrainerDied
 
 log = logging.getLogger("hone.supervisor")
@@ -40,7 +41,7 @@ STOP_S = 3.0  # for a trainer to end by itself; one that is in a step has nothin
 
 
 async def supervise(settings: Settings, job_id: str, leash_fd: int | None) -> int:
-    """Exit code: 0 the job ended or is somebody else's, 1 it was put back or failed by a crash."""
+    """Exit code: 0 the job ended or is somebody else's, `PUT_BACK` it was put back or failed by a crash."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -123,7 +124,7 @@ async def _conclude(settings: Settings, database: Database, claim: Claim, work: 
     if work.cancelled():
         async with database.begin() as session:
             await leases.release(session, claim.fence, reason="The worker was asked to stop")
-        return 1
+        return PUT_BACK
     error = work.exception()
     if error is None:
         log.info("%s succeeded", claim.job.id)
@@ -159,10 +160,10 @@ async def _conclude(settings: Settings, database: Database, claim: Claim, work: 
     if crashes >= settings.max_crashes:
         message = f"{what}; {crashes} crashes without a finished step in between"
         await registry.failed("worker_crashed", message, None, {"detail": detail})
-        return 1
+        return PUT_BACK
     async with database.begin() as session:
         await leases.release(session, claim.fence, reason=what, crashes=crashes)
-    return 1
+    return PUT_BACK
 
 
 def main() -> int:

@@ -128,11 +128,25 @@ def _slots(job: Job) -> int:
     return int((job.plan or {}).get("max_staleness", 0)) + 2
 
 
-async def note_shortage(session: AsyncSession, job_id: str, reason: str) -> None:
-    """What a refused claim would have written, by a door that saw the refusal coming."""
+async def note_queue_reason(session: AsyncSession, job_id: str, reason: str) -> None:
+    """Why a queued job waits, said by a door: what a refused claim would have written, or a start that failed."""
     await rows_changed(
         session, update(Job).where(Job.id == job_id, Job.status == JobStatus.QUEUED).values(queue_reason=reason)
     )
+
+
+async def note_failed_start(session: AsyncSession, job_id: str, *, reason: str, first: bool) -> None:
+    """A worker's process ended before its claim; of several in a row only the `first` becomes an event."""
+    await note_queue_reason(session, job_id, reason)
+    job = await session.get(Job, job_id)
+    if first and job is not None and job.status == JobStatus.QUEUED:
+        await events.append(
+            session,
+            project_id=job.project_id,
+            job_id=job_id,
+            level="warn",
+            message=f"The job waits: {reason}. It is tried again at growing intervals",
+        )
 
 
 async def _close_rollouts(session: AsyncSession, job_id: str, resume_step: int) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 
 from app.core.settings import Settings
 from app.db.engine import Database, now
-from app.db.tables import Job, Worker
+from app.db.tables import Event, Job, Worker
 from tests.db.rows import Seed
 from workers.local import Runner
 from workers.process import Child, spawn
@@ -81,6 +81,39 @@ async def test_a_supervisor_that_ended_frees_its_slot_and_a_job_put_back_is_star
     await asyncio.to_thread(runner.children[job_id].process.wait, 10)
     await runner.tick()
     assert runner.started == [job_id, job_id]
+
+
+async def test_a_supervisor_that_cannot_start_is_said_once_and_tried_again_at_growing_intervals(
+    runner: Counting, seed: Seed
+) -> None:
+    runner.command = ("false",)
+    clock = [0.0]
+    runner.starts.clock = lambda: clock[0]
+    job_id, waits = await seed.job(status="queued"), []
+    await runner.tick()
+    for _ in range(8):
+        await asyncio.to_thread(runner.children[job_id].process.wait, 10)
+        await runner.tick()
+        waits.append(0.0)
+        while job_id not in runner.children:
+            clock[0] += 0.5
+            waits[-1] += 0.5
+            await runner.tick()
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    async with runner.database.read() as session:
+        job = await session.get_one(Job, job_id)
+        said = (await session.scalars(select(Event.message).where(Event.job_id == job_id))).all()
+    assert job.status == "queued"
+    assert "ended with code 1 before it took the job, 8 in a row" in job.queue_reason
+    assert [line for line in said if "code 1" in line] == said[-1:]
+
+
+async def test_a_start_that_came_to_its_claim_ends_the_waiting(runner: Counting, seed: Seed) -> None:
+    runner.starts.failed(job_id := await seed.job(status="queued"))
+    assert not runner.starts.may_start(job_id)
+    runner.starts.took(job_id)
+    await runner.tick()
+    assert runner.started == [job_id]
 
 
 async def test_an_expired_lease_is_taken_back(runner: Counting, seed: Seed) -> None:

@@ -21,6 +21,7 @@ from workers import supervisor
 from workers.heartbeat import Heartbeat
 from workers.presence import Presence
 from workers.setup import JobFailure
+from workers.starts import PUT_BACK
 from workers.supervisor import STOP_S, supervise
 from workers.trainer_link import TrainerDied
 
@@ -63,7 +64,7 @@ async def last_event(database: Database) -> Event:
 async def test_a_worker_that_was_asked_to_stop_puts_the_job_back_without_a_crash(
     settings: Settings, database: Database, job_id: str
 ) -> None:
-    assert await conclude(settings, database, job_id, asyncio.CancelledError()) == 1
+    assert await conclude(settings, database, job_id, asyncio.CancelledError()) == PUT_BACK
     row = await job(database)
     assert (row.status, row.crashes, row.lease_owner) == ("queued", 0, None)
 
@@ -90,11 +91,11 @@ async def test_a_crash_puts_the_job_back_until_the_budget_is_spent(
     settings: Settings, database: Database, job_id: str, error: Exception, words: str
 ) -> None:
     for crashes in (1, 2):
-        assert await conclude(settings, database, job_id, error) == 1
+        assert await conclude(settings, database, job_id, error) == PUT_BACK
         row, event = await job(database), await last_event(database)
         assert (row.status, row.crashes) == ("queued", crashes)
         assert (event.level, event.message) == ("warn", f"{words}; the job is queued again")
-    assert await conclude(settings, database, job_id, error) == 1
+    assert await conclude(settings, database, job_id, error) == PUT_BACK
     row = await job(database)
     assert (row.status, (row.error or {})["code"]) == ("failed", "worker_crashed")
     assert words in (row.error or {})["message"]
@@ -203,7 +204,7 @@ async def test_sigterm_puts_the_job_back_without_a_crash_and_lets_the_trainer_en
     monkeypatch.setattr(supervisor, "Run", Asked)
     async with database.begin() as session:
         await session.execute(update(Job).values(step=4, crashes=2))
-    assert await asyncio.wait_for(supervise(settings, job_id, None), 20) == 1
+    assert await asyncio.wait_for(supervise(settings, job_id, None), 20) == PUT_BACK
     row = await job(database)
     assert (row.status, row.step, row.crashes, row.attempt, row.lease_owner) == ("queued", 4, 2, 1, None)
     assert Asked.trainer.grace == [STOP_S]
