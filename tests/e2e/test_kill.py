@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
+from openai import APIConnectionError, OpenAI
 
-from tests.e2e.service import Service
+from deploy.local.ports import free_port
+from tests.e2e.service import START_S, Service
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -68,3 +74,43 @@ def test_a_worker_killed_after_the_last_step_still_ends_the_job(service: Service
     states = Counter(row["state"] for row in service.rollouts(job.id))
     assert sum(states.values()) == ended.hone["rollouts"]["started"]
     assert "started" not in states
+
+
+# An API whose doorbell ends it: what it committed is all that is left of the request.
+DIES_AT_THE_BELL = """
+import os, signal, sys
+from app.cli.main import main
+from app.jobs.doorbell import Silent
+Silent.ring = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = ["hone", "api", "--port", sys.argv[1]]
+main()
+"""
+
+
+def test_an_api_killed_between_commit_and_doorbell_costs_no_job(service: Service) -> None:
+    port, proper = free_port(), service.client
+    before = {job.id for job in proper.fine_tuning.jobs.list()}
+    with subprocess.Popen([sys.executable, "-c", DIES_AT_THE_BELL, str(port)], env=service.environment) as doomed:
+        try:
+            service.client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=service.key, max_retries=0)
+            _until_up(port)
+            with pytest.raises(APIConnectionError):
+                service.create_job("tiny-llama")
+            assert doomed.wait(20) == -signal.SIGKILL
+        finally:
+            service.client = proper
+            doomed.kill()
+
+    (job_id,) = {job.id for job in proper.fine_tuning.jobs.list()} - before
+    assert service.wait(job_id).status == "succeeded"
+
+
+def _until_up(port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200:
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, "the second API did not come up"
+        time.sleep(0.1)
