@@ -207,12 +207,15 @@ class Samplers:
         for sampler in fresh:
             if self._is_pinned(sampler, adapter, holder):  # costs no query
                 return Lease(self.client(sampler), adapter.name, sampler)
-        failure: NoSampler | SamplerUnavailable | None = None
+        failure: NoSampler | SamplerUnavailable | AdapterNotVisible | None = None
         for sampler in await self._by_room(fresh, adapter) if len(fresh) > 1 else fresh:
             try:
                 return await self._lease(sampler, adapter, holder)
             except (NoSampler, SamplerUnavailable) as error:  # full, gone or dead: the next may do
                 failure = error
+            except AdapterNotVisible as error:  # this one mounts another directory; what may pass is told first
+                log.error("%s", error)
+                failure = failure or error
         assert failure is not None
         raise failure
 

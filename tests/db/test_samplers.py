@@ -353,6 +353,20 @@ async def test_a_directory_that_the_sampler_does_not_have_is_named_on_both_sides
     assert str(path) in str(caught.value)
 
 
+async def test_a_sampler_with_another_directory_is_passed_over_and_a_reason_that_may_pass_is_told_first(
+    samplers: FakeSamplers,
+) -> None:
+    await samplers.add("a", slots=1)
+    blind = await samplers.add("b", slots=1)
+    for name in ("x", "y"):
+        blind.hidden.add(adapter(name).path)
+    async with samplers.acquire("tiny", adapter("x"), CHAT) as lease:
+        assert lease.sampler.id == "sampler-a"
+        with pytest.raises(NoSampler, match="every adapter slot"):
+            await where(samplers, "y")
+    assert await where(samplers, "y") == "sampler-a"
+
+
 @pytest.mark.parametrize(
     ("path", "theirs", "seen"),
     [
