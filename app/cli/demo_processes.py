@@ -28,15 +28,17 @@ class Child:
     ) -> None:
         self.name = name
         self._log = log
+        self._said = None if log is None else log.with_suffix(".out")  # apart: last words are not an address
         with contextlib.ExitStack() as files:
-            output = None if log is None else files.enter_context(log.open("wb"))
+            output = None if self._said is None else files.enter_context(self._said.open("wb"))
+            errors = None if log is None else files.enter_context(log.open("wb"))
             self._process = subprocess.Popen(
                 command,
                 cwd=cwd,
                 env=dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=output,
+                stderr=errors,
                 start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends the groups in order
             )
 
@@ -45,16 +47,18 @@ class Child:
         return self._process.poll()
 
     def log_tail(self, lines: int = 15) -> str:
-        """The end of what it wrote."""
+        """The end of what it wrote, what it said on stderr last."""
         assert self._log is not None, "this process writes to the terminal"
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+        assert self._said is not None
+        written = [line for path in (self._said, self._log) for line in path.read_text(errors="replace").splitlines()]
+        return "\n".join(written[-lines:])
 
     def first_line(self, timeout_s: float) -> str:
-        """The first line that it writes; raises DemoFailed when none comes in time."""
-        assert self._log is not None, "this process writes to the terminal"
+        """The first line that it writes to stdout; raises DemoFailed when none comes in time."""
+        assert self._said is not None, "this process writes to the terminal"
         deadline = time.monotonic() + timeout_s
         while self.returncode is None and time.monotonic() < deadline:
-            line, end, _ = self._log.read_text(errors="replace").partition("\n")
+            line, end, _ = self._said.read_text(errors="replace").partition("\n")
             if end:
                 return line
             time.sleep(0.05)
@@ -89,7 +93,7 @@ class Children:
         env: Mapping[str, str],
         log: Path | None = None,
     ) -> Child:
-        """`log` takes both outputs; None: they go to the terminal."""
+        """`log` takes stderr, stdout goes to a `.out` beside it; None: both go to the terminal."""
         child = Child(name, command, cwd=cwd, env=env, log=log)
         self._children.append(child)
         return child

@@ -106,7 +106,9 @@ def test_a_termination_signal_is_an_orderly_end() -> None:
 
 def test_a_process_that_does_not_start_says_why(tmp_path: Path) -> None:
     with children() as started:
-        broken = command("import sys; sys.stderr.write('no such port'); sys.exit(1)")  # no line: it ends before one
+        broken = command(
+            "import sys, time; print('no such port', file=sys.stderr, flush=True); time.sleep(0.3); exit(1)"
+        )
         child = started.start("server", broken, cwd=tmp_path, env=os.environ, log=tmp_path / "log")
         with pytest.raises(DemoFailed, match="server did not start: no such port"):
             child.first_line(30)
