@@ -7,6 +7,7 @@ lock for a few milliseconds only (design §6.9).
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from app.jobs.plan import DEFAULT_MAX_STALENESS
 from app.jobs.schemas import MAX_SEED
 from app.models.catalogue import BrokenModel, Catalogue, UnknownModel
 from app.webhooks import outbox
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,11 @@ def check_model(catalogue: Catalogue, spec: JobSpec, *, max_lora_rank: int) -> N
         )
     try:
         model = catalogue.get(name)
-    except (UnknownModel, BrokenModel) as error:
+    except UnknownModel as error:
         raise InvalidRequest(str(error), param="model", code="model_not_found") from None
+    except BrokenModel as error:
+        log.error("%s", error)
+        raise InvalidRequest(error.public, param="model", code="model_not_found") from None
     for option in ("max_tokens_per_turn", "max_tokens_per_episode"):
         if spec.options.get(option, 0) > model.context:
             param = f"hone.{option}"

@@ -25,7 +25,7 @@ from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan, resolve
 from app.jobs.rows import RowSpec
 from app.jobs.validation import FileReport, Refusal, TooSlow, refusal, validate_rows, warnings
-from app.models.catalogue import BaseModel, Catalogue, ModelError
+from app.models.catalogue import BaseModel, BrokenModel, Catalogue, ModelError
 from app.rendering.protocol import ChatRenderer, MessageNotRenderable, RenderingError
 from app.rendering.registry import load_renderer
 from app.storage.errors import ObjectDamaged, ObjectMissing, StorageUnavailable
@@ -98,6 +98,9 @@ def _validate(
     try:
         model = catalogue.get(job.model)
         renderer = load(model)
+    except BrokenModel as error:
+        log.error("%s: %s", job.id, error)
+        return Outcome(None, Refusal("model_not_usable", error.public, "model", {}))
     except (ModelError, RenderingError) as error:
         return Outcome(None, Refusal("model_not_usable", str(error), "model", {}))
     context = min(model.context, settings.sampler_max_model_len)

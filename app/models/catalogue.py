@@ -42,7 +42,15 @@ class ModelNotAllowed(UnknownModel):
 
 
 class BrokenModel(ModelError):
-    """A model directory whose description cannot be read or whose files are missing."""
+    """A model directory whose description cannot be read or whose files are missing.
+
+    `str` names the path and is for the operator; clients get `public`.
+    """
+
+    def __init__(self, place: Path, what: str) -> None:
+        super().__init__(f"{place}: {what}")
+        name = place.parent.name if place.name == CARD else place.name
+        self.public = f"The model `{name}` is installed, but its files cannot be used; the log of the API says why."
 
 
 @dataclass(frozen=True)
@@ -125,14 +133,13 @@ def read_card(directory: Path) -> BaseModel:
             created=int(card["created"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise BrokenModel(
-            f"{directory / CARD}: field {error} is missing or has the wrong type; register again"
-        ) from error
+        what = f"field {error} is missing or has the wrong type; register again"
+        raise BrokenModel(directory / CARD, what) from error
     missing = [name for name in ("config.json", "tokenizer.json") if not (directory / name).is_file()]
     if not any(directory.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        raise BrokenModel(f"{directory}: {', '.join(missing)} not there; remove the directory and pull the model again")
+        raise BrokenModel(directory, f"{', '.join(missing)} not there; remove the directory and pull the model again")
     return model
 
 
@@ -154,7 +161,7 @@ def _load(directory: Path) -> dict[str, Any]:
     try:
         card = json.loads((directory / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BrokenModel(f"{directory / CARD}: cannot be read ({error}); register the model again") from error
+        raise BrokenModel(directory / CARD, f"cannot be read ({error}); register the model again") from error
     if not isinstance(card, dict):
-        raise BrokenModel(f"{directory / CARD}: not a JSON object; register the model again")
+        raise BrokenModel(directory / CARD, "not a JSON object; register the model again")
     return card

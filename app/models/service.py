@@ -6,6 +6,7 @@ Does not cover: installing (`pull`, `register`) and serving (`app.inference`, `a
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -14,6 +15,8 @@ from app.models import repository
 from app.models.catalogue import BaseModel, BrokenModel, Catalogue, UnknownModel, read_check
 from app.models.repository import Tuned
 from app.models.schemas import BaseModelFacts, HistoryCheck, ModelObject
+
+log = logging.getLogger(__name__)
 
 SYSTEM = "system"
 
@@ -36,7 +39,8 @@ async def find(
     except UnknownModel:
         entries = await repository.tuned(session, project_id, name)
     except BrokenModel as error:
-        raise NotFound(str(error), param="model", code="model_not_found") from error
+        log.error("%s", error)
+        raise NotFound(error.public, param="model", code="model_not_found") from error
     if not entries:
         raise NotFound(
             f"The model `{name}` does not exist or you do not have access to it.", param="model", code="model_not_found"

@@ -69,6 +69,15 @@ def test_every_shape_creates_the_same_job(client: OpenAI, http: httpx.Client, fi
     assert len({job["id"] for job in made}) == len(made)
 
 
+def test_the_directory_of_a_broken_model_is_for_the_operator_only(
+    client: OpenAI, files: Files, settings: Settings
+) -> None:
+    (settings.models_dir / "tiny" / "tokenizer.json").unlink()
+    with pytest.raises(openai.BadRequestError, match="the log of the API says why") as refused:
+        client.fine_tuning.jobs.create(**files.body())
+    assert str(settings.models_dir) not in str(refused.value.body)
+
+
 def test_nulls_are_accepted(client: OpenAI, files: Files) -> None:
     job = client.fine_tuning.jobs.create(**files.body(), suffix=None, seed=None, metadata=None, integrations=None)
     assert 0 <= job.seed < 2**31

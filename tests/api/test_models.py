@@ -92,6 +92,14 @@ async def test_a_model_is_found_by_a_name_with_colons_and_slashes(
         assert client.models.retrieve(wanted).id == wanted
 
 
+def test_the_directory_of_a_broken_model_is_for_the_operator_only(client: OpenAI, live_server: LiveServer) -> None:
+    _install(live_server, "tiny")
+    (live_server.settings.models_dir / "tiny" / "tokenizer.json").unlink()
+    with pytest.raises(openai.NotFoundError, match="the log of the API says why") as found:
+        client.models.retrieve("tiny")
+    assert str(live_server.settings.models_dir) not in str(found.value.body)
+
+
 async def test_a_base_model_says_how_its_format_treats_a_history(client: OpenAI, live_server: LiveServer) -> None:
     make_weightless_llama(live_server.settings.models_dir / "checked")
     _install(live_server, "old")
