@@ -5,14 +5,21 @@ Does not cover: which addresses may be dialled; each shard is a transport that a
 httpcore looks at every connection of its pool, for every connection of its pool, whenever a request begins or ends:
 with 512 connections in one pool a request costs 18 ms of CPU. So no pool here has more than one, no request ever waits
 inside a pool, and idle pools are found by the server that they are connected to.
+
+A request that is cancelled between httpcore's making a connection and its first use leaves it there for ever, neither
+open nor closed nor idle, and whoever gets that pool next waits until the time is up. So a pool is given up with the
+request that did not end in it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import httpx
+
+log = logging.getLogger(__name__)
 
 Origin = tuple[str, str, int | None]
 NOWHERE: Origin = ("", "", None)
@@ -27,9 +34,10 @@ class ShardedTransport(httpx.AsyncBaseTransport):
         # or a request now and then meets a closed door.
         self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=3.0)
         self._most = max_connections
-        self._shards = [make_shard(self._limits)]  # one at once: what cannot be made fails here, not in a request
+        self._shards = {make_shard(self._limits)}  # one at once: what cannot be made fails here, not in a request
         self._idle = {NOWHERE: list(self._shards)}  # no empty lists; of one server's, the one used last comes last
         self._slots = asyncio.Semaphore(max_connections)
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send through a shard. Waiting for a turn is bounded by the request's pool timeout (PoolTimeout)."""
@@ -46,10 +54,12 @@ class ShardedTransport(httpx.AsyncBaseTransport):
         try:
             response = await shard.handle_async_request(request)
         except BaseException:
-            self._release(origin, shard)
+            self._give_up(shard)
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
-        response.stream = _Held(response.stream, lambda: self._release(origin, shard))
+        response.stream = _Held(
+            response.stream, lambda whole: self._release(origin, shard) if whole else self._give_up(shard)
+        )
         return response
 
     def _take(self, origin: Origin) -> httpx.AsyncBaseTransport:
@@ -57,8 +67,9 @@ class ShardedTransport(httpx.AsyncBaseTransport):
         if origin in self._idle:
             return self._pop(origin, -1)
         if len(self._shards) < self._most:
-            self._shards.append(self._make_shard(self._limits))
-            return self._shards[-1]
+            shard = self._make_shard(self._limits)
+            self._shards.add(shard)
+            return shard
         return self._pop(next(iter(self._idle)), 0)  # it closes its old connection itself
 
     def _pop(self, origin: Origin, at: int) -> httpx.AsyncBaseTransport:
@@ -72,27 +83,42 @@ class ShardedTransport(httpx.AsyncBaseTransport):
         self._idle.setdefault(origin, []).append(shard)
         self._slots.release()
 
+    def _give_up(self, shard: httpx.AsyncBaseTransport) -> None:
+        self._shards.remove(shard)
+        closing = asyncio.ensure_future(shard.aclose())  # by itself: the request may be one that is being cancelled
+        self._closing.add(closing)
+        closing.add_done_callback(self._closed)
+        self._slots.release()
+
+    def _closed(self, closing: asyncio.Task[None]) -> None:
+        self._closing.discard(closing)
+        if not closing.cancelled() and (error := closing.exception()) is not None:
+            log.debug("a connection that was given up: %s", error)
+
     async def aclose(self) -> None:
         """Close every shard."""
         for shard in self._shards:
             await shard.aclose()
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
 
 class _Held(httpx.AsyncByteStream):
-    """A body whose end gives the turn back, once."""
+    """A body whose end gives the turn back, once, and says whether it could be closed in order."""
 
-    def __init__(self, inner: httpx.AsyncByteStream, release: Callable[[], None]) -> None:
+    def __init__(self, inner: httpx.AsyncByteStream, release: Callable[[bool], None]) -> None:
         self._inner = inner
-        self._release: Callable[[], None] | None = release
+        self._release: Callable[[bool], None] | None = release
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._inner:
             yield chunk
 
     async def aclose(self) -> None:
+        closed = False
         try:
             await self._inner.aclose()
+            closed = True
         finally:
             release, self._release = self._release, None
             if release is not None:
-                release()
+                release(closed)

@@ -58,6 +58,23 @@ async def test_every_way_out_gives_the_turn_back(endpoint: UserEndpoint) -> None
         assert free_turns(http) == 3
 
 
+@pytest.mark.parametrize("warm", [False, True])
+async def test_a_request_cancelled_at_any_moment_leaves_a_way_for_the_next(endpoint: UserEndpoint, warm: bool) -> None:
+    """Pass by pass of the event loop; httpcore alone loses its only connection in one of them."""
+    endpoint.plays(Reply(200, b"x" * 100_000, delay_s=0.001))
+    for passes in range(60):
+        async with guarded_client(LOOPBACK, timeout_s=5, max_connections=1) as http:
+            if warm:
+                await http.get(endpoint.url)
+            doomed = asyncio.create_task(http.get(endpoint.url))
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            doomed.cancel()
+            await asyncio.gather(doomed, return_exceptions=True)
+            assert (await http.get(endpoint.url)).status_code == 200, passes
+            assert free_turns(http, 1) == 1
+
+
 async def test_waiting_for_a_turn_has_a_limit(endpoint: UserEndpoint) -> None:
     endpoint.plays(Reply(200, {}, delay_s=1))
     async with guarded_client(LOOPBACK, timeout_s=5, max_connections=1) as http:
