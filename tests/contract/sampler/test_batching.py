@@ -30,9 +30,9 @@ async def under_way(http: HttpClient, target: Target, body: dict[str, Any]) -> a
 
 
 async def working(http: HttpClient, target: Target) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):  # the first request of a server may wait for kernels to be compiled
         while not await metric(http, target, "num_requests_running"):
-            pass
+            await asyncio.sleep(0.01)
 
 
 async def idle(http: HttpClient, target: Target, within_s: float = 5.0) -> None:

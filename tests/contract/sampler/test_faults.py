@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def last(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 async def keep_asking(client: SamplerClient) -> None:
     while True:
-        await client.complete(CompletionRequest("base", [1, 2, 3], 500, timeout_s=60))
+        with contextlib.suppress(SamplerMisbehaved):  # vLLM, in a block that weights which are not finite have filled
+            await client.complete(CompletionRequest("base", [1, 2, 3], 500, timeout_s=60))
 
 
 async def test_an_engine_killed_in_mid_request_is_unavailable_and_leaves_no_process(
