@@ -5,17 +5,22 @@ Does not cover: starting services (`app.cli.up`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from app.cli.failure import USAGE, CommandFailed
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
     from app.core.settings import Settings
 
+T = TypeVar("T")
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -62,3 +67,18 @@ def prepare_database(settings: Settings) -> None:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise CommandFailed(f"the database could not be prepared: {reason}", fix="see `hone doctor`") from None
+
+
+def in_session(settings: Settings, work: Callable[[AsyncSession], Awaitable[T]], *, write: bool) -> T:
+    """Do `work` in one transaction on a database that is prepared, from outside of any event loop."""
+    from app.db.engine import Database
+
+    async def run() -> T:
+        database = Database(settings.database)
+        try:
+            async with database.begin() if write else database.read() as session:
+                return await work(session)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())

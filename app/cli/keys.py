@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from app.cli.failure import CommandFailed
-from app.cli.installation import Data, Json, load_settings, prepare_database
+from app.cli.installation import Data, Json, in_session, load_settings, prepare_database
 from app.core.roles import Role
 
 if TYPE_CHECKING:
@@ -150,21 +150,11 @@ def _say_what_remains(data: Any) -> None:
 
 
 def _with_ring(data: Any, work: Callable[[Any, Any], Awaitable[T]], *, write: bool) -> T:
-    from app.db.engine import Database
     from app.security.api_keys import KeyRing, load_peppers
 
     settings = load_settings(data)
     prepare_database(settings)
-
-    async def run() -> T:
-        database = Database(settings.database)
-        try:
-            async with database.begin() if write else database.read() as session:
-                return await work(KeyRing(load_peppers(settings)), session)
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
+    return in_session(settings, lambda session: work(KeyRing(load_peppers(settings)), session), write=write)
 
 
 def _day(at: float | None) -> str | None:

@@ -5,7 +5,6 @@ Does not cover: sending (`app.webhooks.delivery`). Works on the database, with o
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from app.cli.failure import CommandFailed
-from app.cli.installation import Data, Json, load_settings, prepare_database
+from app.cli.installation import Data, Json, in_session, load_settings, prepare_database
 
 if TYPE_CHECKING:
     from app.webhooks.service import EndpointView
@@ -103,7 +102,6 @@ def _row(view: EndpointView) -> dict[str, Any]:
 
 
 def _with_vault(data: Any, work: Callable[[Any, Any], Awaitable[T]]) -> T:
-    from app.db.engine import Database
     from app.security.vault import VaultError, load_vault
 
     settings = load_settings(data)
@@ -113,13 +111,4 @@ def _with_vault(data: Any, work: Callable[[Any, Any], Awaitable[T]]) -> T:
         vault = load_vault(key, settings.root)
     except VaultError as error:
         raise CommandFailed(str(error)) from None
-
-    async def run() -> T:
-        database = Database(settings.database)
-        try:
-            async with database.begin() as session:
-                return await work(session, vault)
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
+    return in_session(settings, lambda session: work(session, vault), write=True)
