@@ -57,11 +57,18 @@ def test_the_mean_decides(difference: float, holds: bool) -> None:
     assert compare([[-1.0 + difference]], [[-1.0]], EXACT).holds is holds
 
 
-def test_one_token_that_is_far_off_fails_by_k3_though_the_mean_is_small() -> None:
-    served, trained = [[-1.0] * 300], [[-1.0] * 299 + [-3.5]]
-    match = compare(served, trained, UNCALIBRATED)
-    assert match.mean_abs < UNCALIBRATED.mean_abs
-    assert not match.holds
+@pytest.mark.parametrize(
+    ("far", "exact", "holds"), [(1, False, True), (3, False, True), (6, False, False), (1, True, False)]
+)
+def test_a_hundredth_of_the_tokens_may_be_far_off_where_the_precision_allows(
+    far: int, exact: bool, holds: bool
+) -> None:
+    """A right version in bf16 had one token of 382 off by 1.2 nats; in fp32 nothing excuses that."""
+    served, trained = [[-8.0] * 300], [[-8.0] * (300 - far) + [-9.2] * far]
+    match = compare(served, trained, EXACT if exact else UNCALIBRATED)
+    assert match.holds is holds
+    assert match.k3 == pytest.approx(far * (math.exp(1.2) - 2.2) / 300)
+    assert ("without its worst 3" in match.sentence) is not exact
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, -2000.0, 2000.0])
@@ -80,7 +87,7 @@ def test_rows_of_another_length_are_a_bug() -> None:
 
 def test_the_band_follows_what_the_base_shows_on_this_model() -> None:
     def base(mean: float, k3: float) -> Match:
-        return Match(300, mean, 1.0, mean, k3, UNCALIBRATED)
+        return Match(300, mean, 1.0, mean, k3, k3, UNCALIBRATED)
 
     assert bands_for("float32", "float32", base(0.5, 0.5)) == EXACT
     assert bands_for("bfloat16", "float32", None) == UNCALIBRATED

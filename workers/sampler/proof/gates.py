@@ -19,6 +19,7 @@ RESOLVABLE_SD = 0.15  # of the step; the middle between the two versions is more
 BEHIND = -0.25  # half-way from the middle to the older version, which is served at -0.5
 BEYOND = 6.0  # standard deviations past the new version that make it another policy altogether
 UNEVEN = 6.0  # times the base's noise that a step's own may show: tokens that move most are also the least certain
+STRAYS = 0.01  # of the tokens may be far off in half precision: those of tiny probability move by a nat
 STILL = 1e-5  # nats; what the trainer's scores must differ by before equal answers of a sampler say anything
 
 
@@ -45,24 +46,35 @@ NARROWEST = Bands(0.04, 2e-3)  # half of what one model needed: noise grows a li
 
 @dataclass(frozen=True)
 class Match:
-    """Gate A. `k3`: mean of exp(d) - 1 - d, d = sampler - trainer. `rms` is the noise that gate B is weighed by."""
+    """Gate A. `k3`: mean of exp(d) - 1 - d, d = sampler - trainer. `rms` is the noise that gate B is weighed by.
+
+    `k3_core`: without the worst `STRAYS`. The canary's text was not sampled from the policy, so its k3 is no estimate
+    of a divergence but a sum of squares with a heavy tail: one token of 382 that bf16 moved by 1.2 nats was 44 % of it
+    and paused a right version of the demo (docs/decisions/008). Only what is exact has no such excuse.
+    """
 
     tokens: int
     mean_abs: float
     max_abs: float
     rms: float
     k3: float
+    k3_core: float
     bands: Bands
 
     @property
     def holds(self) -> bool:
         finite = math.isfinite(self.mean_abs) and math.isfinite(self.k3)
-        return finite and self.mean_abs <= self.bands.mean_abs and self.k3 <= self.bands.k3
+        return finite and self.mean_abs <= self.bands.mean_abs and self._judged <= self.bands.k3
+
+    @property
+    def _judged(self) -> float:
+        return self.k3 if self.bands is EXACT else self.k3_core
 
     @property
     def sentence(self) -> str:
+        without = "" if self.bands is EXACT else f" without its worst {_strays(self.tokens)}"
         return (
-            f"mean |difference| {self.mean_abs:.4g} (limit {self.bands.mean_abs:.4g}), k3 {self.k3:.3g} "
+            f"mean |difference| {self.mean_abs:.4g} (limit {self.bands.mean_abs:.4g}), k3{without} {self._judged:.3g} "
             f"(limit {self.bands.k3:.3g}) over {self.tokens} tokens"
         )
 
@@ -74,6 +86,7 @@ class Match:
             "mean_abs": finite(self.mean_abs),
             "max_abs": finite(self.max_abs),
             "k3": finite(self.k3),
+            "k3_core": finite(self.k3_core),
             "limit_mean_abs": self.bands.mean_abs,
             "limit_k3": self.bands.k3,
         }
@@ -156,12 +169,14 @@ class Taken:
 def compare(served: Scores, trained: Scores, bands: Bands) -> Match:
     """Gate A. Raises ValueError when the two are not of one shape, which is our bug."""
     d = [a - b for a, b in zip(flat(served, trained), flat(trained, served), strict=True)]
+    k3 = sorted(map(_k3, d))
     return Match(
         tokens=len(d),
         mean_abs=math.fsum(map(abs, d)) / len(d),
         max_abs=max(map(abs, d)),
         rms=math.sqrt(math.fsum(x * x for x in d) / len(d)),
-        k3=math.fsum(map(_k3, d)) / len(d),
+        k3=math.fsum(k3) / len(d),
+        k3_core=math.fsum(k3[: len(d) - _strays(len(d))]) / len(d),
         bands=bands,
     )
 
@@ -244,6 +259,10 @@ def flat(scores: Scores, like: Scores) -> list[float]:
 
 def finite(figure: float) -> float | None:
     return figure if math.isfinite(figure) else None
+
+
+def _strays(tokens: int) -> int:
+    return math.ceil(STRAYS * tokens)
 
 
 def _k3(difference: float) -> float:
