@@ -15,6 +15,7 @@ from workers.sampler.proof.gates import (
     Bands,
     Match,
     Noise,
+    Projection,
     Scores,
     Taken,
     Verdict,
@@ -126,6 +127,23 @@ def test_a_far_policy_does_not_hide_behind_the_noise_it_makes_itself() -> None:
     assert (
         project(near(older, 1e-4, 5), new, old, against=6, noise=Noise(1e-4, 0.0)).verdict is not Verdict.NOT_RESOLVABLE
     )
+
+
+@pytest.mark.parametrize(
+    ("p", "sd", "verdict"),
+    [
+        (0.5, 0.01, Verdict.HOLDS),
+        (0.05, 0.044, Verdict.HOLDS),
+        (-0.09, 0.048, Verdict.NOT_RESOLVABLE),
+        (-0.31, 0.149, Verdict.NOT_RESOLVABLE),  # a right version in bf16, but for its sd of 0.17
+        (-0.386, 0.085, Verdict.FAILS),
+        (-0.5, 0.149, Verdict.FAILS),
+        (-0.5, 0.151, Verdict.NOT_RESOLVABLE),
+        (1.5, 0.01, Verdict.FAILS),
+    ],
+)
+def test_a_failure_is_surely_on_the_side_of_the_older_version(p: float, sd: float, verdict: Verdict) -> None:
+    assert Projection(6, p, sd, 0.1, 0.5).verdict is verdict
 
 
 def test_noise_that_is_largest_where_the_step_is_largest_is_seen_as_that() -> None:

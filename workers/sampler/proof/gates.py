@@ -17,6 +17,7 @@ Scores = Sequence[Sequence[float]]  # per canary sequence, from position 1 on
 
 RESOLVABLE_SD = 0.15  # of the step; the middle between the two versions is more than three of them away
 BEHIND = -0.25  # half-way from the middle to the older version, which is served at -0.5
+SURE = 3.0  # standard deviations that a failure must lie behind the middle
 BEYOND = 6.0  # standard deviations past the new version that make it another policy altogether
 UNEVEN = 6.0  # times the base's noise that a step's own may show: tokens that move most are also the least certain
 STRAYS = 0.01  # of the tokens may be far off in half precision: those of tiny probability move by a nat
@@ -115,15 +116,15 @@ class Projection:
 
     @property
     def verdict(self) -> Verdict:
-        """Nearer to N holds; near to the older one, or far beyond N, fails; in between nothing was resolved.
+        """Nearer to N holds; surely nearer to the older one, or far beyond N, fails; in between nothing was resolved.
 
         Half precision swallows what a step adds below half of a unit in the last place, so that a right version may
-        stand well behind +0.5: +0.08 was seen with an sd of 0.04 (docs/decisions/008).
+        stand well behind +0.5: +0.05 was seen with an sd of 0.04, -0.31 with one of 0.17 (docs/decisions/008).
         """
         p, sd = self.projection, self.noise_sd
         if p is None or sd is None or sd > RESOLVABLE_SD:
             return Verdict.NOT_RESOLVABLE
-        if p > max(1.0, 0.5 + BEYOND * sd) or p <= BEHIND:
+        if p > max(1.0, 0.5 + BEYOND * sd) or (p <= BEHIND and p + SURE * sd < 0):
             return Verdict.FAILS
         return Verdict.HOLDS if p > 0 else Verdict.NOT_RESOLVABLE
 
