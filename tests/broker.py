@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import redis
@@ -52,9 +53,17 @@ def broker_running(port: int | None = None) -> Iterator[Broker]:
         yield broker
         return
     port = free_port() if port is None else port
-    command = [_program(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    broker = Broker(f"redis://127.0.0.1:{port}/0")
+    with server(port, "--save", "", "--appendonly", "no") as broker:
+        yield broker
+
+
+@contextmanager
+def server(port: int, *options: str, password: str = "", folder: Path | None = None) -> Iterator[Broker]:
+    """A server of our own with these options, killed in the end. `folder`: where it works, for what it writes."""
+    command = [_program(), "--port", str(port), "--bind", "127.0.0.1", *options]
+    command += ["--requirepass", password] if password else []
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=folder)
+    broker = Broker(f"redis://:{password}@127.0.0.1:{port}/0" if password else f"redis://127.0.0.1:{port}/0")
     try:
         deadline = time.monotonic() + START_S
         while not broker.answers():

@@ -53,19 +53,17 @@ async def bury(database: Database, settings: Settings, job_id: str, child: Child
     """After its end: its group goes, too, and nobody waits for a lease that it may have left."""
     code = child.poll()
     child.kill()  # a trainer must not outlive its supervisor
+    count = 0
     if code is None or code in (0, PUT_BACK) or code < 0:  # a signal is somebody's will, not a fault of the host
         starts.took(job_id)
-        async with database.begin() as session:
-            await leases.expire(session, job_id, leases.owner_name(settings.hostname, child.pid))
-        return
-    count, wait = starts.failed(job_id)
-    log.error("the supervisor of %s ended with code %d; the next start is in %.0f s", job_id, code, wait)
+    else:
+        count, wait = starts.failed(job_id)
+        log.error("the supervisor of %s ended with code %d; the next start is in %.0f s", job_id, code, wait)
     async with database.begin() as session:
         await leases.expire(session, job_id, leases.owner_name(settings.hostname, child.pid))
-        await leases.note_failed_start(
-            session,
-            job_id,
-            reason=f"its worker process on {settings.hostname} ended with code {code} before it took the job, "
-            f"{count} in a row; see {job_id}.supervisor.log there, and `hone doctor`",
-            first=count == 1,
-        )
+        if count:
+            reason = (
+                f"its worker process on {settings.hostname} ended with code {code} before it took the job, "
+                f"{count} in a row; see {job_id}.supervisor.log there, and `hone doctor`"
+            )
+            await leases.note_failed_start(session, job_id, reason=reason, first=count == 1)

@@ -19,7 +19,7 @@ from app.checkpoints.store import CorruptCheckpoint
 from app.core.errors import NotFound, ServiceError
 from app.db.engine import Database
 from app.inference.repository import find_tuned
-from app.models.catalogue import BaseModel, BrokenModel, Catalogue, UnknownModel
+from app.models.catalogue import BaseModel, BrokenModel, Catalogue, UnknownModel, unusable
 from app.rendering.protocol import ChatRenderer, NoRenderer
 from app.samplers.service import Adapter
 from app.storage.thread import in_thread
@@ -130,8 +130,5 @@ class Resolver:
 
 
 def _broken(name: str, error: Exception) -> ModelBroken:
-    """The paths are for the operator."""
     log.error("the model %s cannot be used: %s", name, error)
-    return ModelBroken(
-        f"The model `{name}` is installed, but its files cannot be used; the log of the API says why.", param="model"
-    )
+    return ModelBroken(unusable(name), param="model")

@@ -214,7 +214,7 @@ async def expire(session: AsyncSession, job_id: str, owner: str) -> None:
     await session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.lease_owner == owner)
-        .values(lease_until=case((Job.lease_until < now(), Job.lease_until), else_=now()))
+        .values(lease_until=meter.held_until())
         .execution_options(synchronize_session=False)
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import case
+from sqlalchemy import Case, case
 
 from app.db.engine import now
 from app.db.tables import Job
@@ -21,10 +21,14 @@ def begins() -> dict[str, Any]:
     return {"running_since": now(), "gpus": 1}
 
 
+def held_until() -> Case[Any]:
+    """When the lease ends that is taken away now: it may have run out before."""
+    return case((Job.lease_until < now(), Job.lease_until), else_=now())
+
+
 def ends() -> dict[str, Any]:
     """What every end of a run writes; nothing changes for a job that does not run."""
-    until = case((Job.lease_until < now(), Job.lease_until), else_=now())
-    seconds = until - Job.running_since
+    seconds = held_until() - Job.running_since
     return {
         "gpu_seconds": Job.gpu_seconds + case((seconds > 0, seconds * Job.gpus), else_=0.0),
         "running_since": None,

@@ -41,6 +41,11 @@ class ModelNotAllowed(UnknownModel):
         self.args = (f"the base model {model_id!r} is not offered by this server (HONE_MODELS_ALLOWED); here: {there}",)
 
 
+def unusable(name: str) -> str:
+    """What clients are told of a model whose files are not in order; the paths are for the operator."""
+    return f"The model `{name}` is installed, but its files cannot be used; the log of the API says why."
+
+
 class BrokenModel(ModelError):
     """A model directory whose description cannot be read or whose files are missing.
 
@@ -50,7 +55,7 @@ class BrokenModel(ModelError):
     def __init__(self, place: Path, what: str) -> None:
         super().__init__(f"{place}: {what}")
         name = place.parent.name if place.name == CARD else place.name
-        self.public = f"The model `{name}` is installed, but its files cannot be used; the log of the API says why."
+        self.public = unusable(name)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from app.cli import doctor_broker
 from app.cli.doctor_broker import broker
 from app.cli.findings import Finding, Verdict
 from app.core.settings import Settings
-from tests.broker import _program, free_port
+from tests.broker import free_port, server
 
 PASSWORD = "canary-0815"
 KEPT = ["CONFIG SET maxmemory-policy noeviction", "CONFIG SET appendonly yes"]
@@ -31,25 +30,9 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A server with a password, no append-only file, and a policy that throws keys away."""
     port = free_port()
-    options = ["--save", "", "--appendonly", "no", "--maxmemory-policy", "allkeys-lru", "--requirepass", PASSWORD]
-    command = [_program(), "--port", str(port), "--bind", "127.0.0.1", *options]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=tmp_path_factory.mktemp("redis")
-    )
-    try:
-        deadline = time.monotonic() + 10
-        while not _listens(port):
-            assert time.monotonic() < deadline, "Redis did not start"
-            time.sleep(0.02)
+    options = ["--save", "", "--appendonly", "no", "--maxmemory-policy", "allkeys-lru"]
+    with server(port, *options, password=PASSWORD, folder=tmp_path_factory.mktemp("redis")):
         yield port
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def look(url: str | None) -> list[Finding]:
