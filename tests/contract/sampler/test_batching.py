@@ -35,7 +35,7 @@ async def working(http: HttpClient, target: Target) -> None:
             await asyncio.sleep(0.01)
 
 
-async def idle(http: HttpClient, target: Target, within_s: float = 5.0) -> None:
+async def idle(http: HttpClient, target: Target, within_s: float = 30.0) -> None:
     async with asyncio.timeout(within_s):
         while await metric(http, target, "num_requests_running"):
             await asyncio.sleep(0.02)
@@ -48,12 +48,17 @@ def long_request(tokens: int = 500) -> dict[str, Any]:
 async def test_a_short_request_overtakes_a_long_one_that_started_before(
     http: HttpClient, client: SamplerClient, target: Target
 ) -> None:
+    """An engine that serves in order of arrival is never overtaken; a real one is, but not while the machine stalls."""
     short = CompletionRequest("base", [4, 5, 6], 3, timeout_s=30)
-    await client.complete(short)  # a first request may take longer than the long one: kernels are compiled for it
-    long = await under_way(http, target, long_request())
-    await client.complete(short)
-    assert not long.done()
-    assert (await long).json()["usage"]["completion_tokens"] == 500
+    overtaken = False
+    for _ in range(20):
+        long = await under_way(http, target, long_request())
+        await client.complete(short)
+        overtaken = not long.done()
+        assert (await long).json()["usage"]["completion_tokens"] == 500
+        if overtaken:
+            break
+    assert overtaken
 
 
 async def test_a_client_that_goes_frees_the_engine(http: HttpClient, target: Target) -> None:
