@@ -76,14 +76,14 @@ async def test_a_request_cancelled_at_any_moment_leaves_a_way_for_the_next(endpo
 
 
 async def test_waiting_for_a_turn_has_a_limit(endpoint: UserEndpoint) -> None:
-    endpoint.plays(Reply(200, {}, delay_s=1))
-    async with guarded_client(LOOPBACK, timeout_s=5, max_connections=1) as http:
+    endpoint.plays(Reply(200, {}, delay_s=3))
+    async with guarded_client(LOOPBACK, timeout_s=30, max_connections=1) as http:
         first = asyncio.create_task(http.get(endpoint.url))
         await asyncio.sleep(0.05)
         started = time.monotonic()
         with pytest.raises(httpx.PoolTimeout):
             await http.get(endpoint.url, timeout=0.1)
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < 2.5
         assert (await first).status_code == 200
 
 

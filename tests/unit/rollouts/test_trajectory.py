@@ -271,10 +271,10 @@ async def test_a_slow_tool_cannot_outlast_the_rollouts_deadline() -> None:
         raise AssertionError
 
     began = time.monotonic()
-    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=endless), limits=limited(rollout_timeout_s=0.1))
+    where = setting(ScriptedPolicy([LOOKUP]), tools=Tools(lookup=endless), limits=limited(rollout_timeout_s=0.5))
     found = await roll(where, row(0, "lookup"))
     assert found.state is RolloutState.TOOL_FAILED
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 async def test_every_turn_and_the_grader_get_the_same_deadline() -> None:
@@ -288,7 +288,7 @@ async def test_every_turn_and_the_grader_get_the_same_deadline() -> None:
     before = time.monotonic()
     await roll(setting(policy, Noting(), Tools(lookup=says("31"))), row(0, "lookup"))
     assert {request.deadline for request in policy.requests} == set(deadlines)
-    assert deadlines[0] == pytest.approx(before + LIMITS.rollout_timeout_s, abs=1)
+    assert before <= deadlines[0] - LIMITS.rollout_timeout_s <= time.monotonic()
 
 
 async def test_time_is_counted_by_phase_and_the_turns_are_recorded() -> None:

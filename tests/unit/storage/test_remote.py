@@ -70,14 +70,14 @@ def test_a_call_that_hangs_is_given_up(store: RemoteStore, monkeypatch: pytest.M
     monkeypatch.setattr(remote, "ANSWER_S", 0.2)
     began = time.monotonic()
     with pytest.raises(StorageUnavailable, match="no answer in time"):
-        store._call("x", lambda fs, path: time.sleep(1))
-    assert time.monotonic() - began < 0.9
+        store._call("x", lambda fs, path: time.sleep(3))
+    assert time.monotonic() - began < 2.5
 
 
 async def test_a_disk_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread, "HANGS_S", 0.05)
     with pytest.raises(StorageUnavailable, match=r"no answer within 0\.05 s"):
-        await thread.in_thread(time.sleep, 0.3)
+        await thread.in_thread(time.sleep, 3)
 
 
 def test_no_credential_stands_in_an_error(store: RemoteStore) -> None:

@@ -87,8 +87,8 @@ def test_a_polite_child_is_stopped_within_its_grace(tmp_path: Path) -> None:
     child = spawn_on_leash(["sleep", "60"], log=tmp_path / "log", environment={})
     until(lambda: Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text())
     began = time.monotonic()
-    child.stop(5.0)
-    assert time.monotonic() - began < 3
+    child.stop(30.0)
+    assert time.monotonic() - began < 20
     assert child.leash == -1
 
 

@@ -279,9 +279,14 @@ async def test_keeping_survives_the_end_of_a_sampler_and_pins_on_the_next(
     await policy.turn(asks())
     async with database.begin() as session:
         await repository.unpin(session, f"{HOLDER}-v0", HOLDER)
-    await asyncio.sleep(0.1)
-    async with database.read() as session:
-        assert await repository.pinned(session, "sampler-new", f"{HOLDER}-v0")
+
+    async def pinned() -> bool:
+        async with database.read() as session:
+            return await repository.pinned(session, "sampler-new", f"{HOLDER}-v0")
+
+    async with asyncio.timeout(20):
+        while not await pinned():
+            await asyncio.sleep(0.01)
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
 

@@ -54,7 +54,8 @@ async def test_a_new_rollout_goes_where_the_fewest_turns_are(
 
     busy.before = hang
     first = asyncio.create_task(policy.turn(asks(request_id="r0-0")))  # the tie goes to a
-    await asyncio.sleep(0.01)
+    while not busy.requests:
+        await asyncio.sleep(0)
     for number in range(1, 4):
         assert (await policy.turn(asks(request_id=f"r{number}-0"))).sampler == "sampler-b"
     release.set()

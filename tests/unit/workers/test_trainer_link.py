@@ -94,8 +94,8 @@ async def test_it_answers_start_and_steps_and_leaves_on_stop(trainer: Make, tmp_
     assert progress == [Progress("load", 1, 2), Progress("load", 2, 2)]
     assert [(await link.step(Step(n, "b", "s"))).adapter.version for n in (1, 2)] == [1, 2]
     began = time.monotonic()
-    await link.stop(5.0)
-    assert time.monotonic() - began < 3
+    await link.stop(30.0)
+    assert time.monotonic() - began < 20
     assert link.pid is not None and gone(link.pid)  # noqa: PT018
     assert "chatter of a library" in (tmp_path / "logs" / "trainer.log").read_text()
 
