@@ -189,6 +189,7 @@ async def test_what_sigkill_does_not_end_keeps_its_row_for_another_try(
     settings: Settings, database: Database, left: LeftBehind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.kill(left.door.pid, signal.SIGKILL)
+    await dead(left.door.pid)
     monkeypatch.setattr(identity, "GONE_S", 0.1)
     monkeypatch.setattr(identity.signal, "SIGKILL", 0)  # as in a driver call that never returns
     await end_leftovers(database, settings)
