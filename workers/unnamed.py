@@ -27,6 +27,7 @@ JOB = re.compile(r"ftjob-[A-Za-z0-9]+")
 ATTEMPT = re.compile(r"a(\d+)")
 ADAPTER = re.compile(r"ftjob-[A-Za-z0-9]+-a(\d+)-v\d+(-r\d+)?(\.tmp-\w+)?")
 CHECKPOINT = re.compile(r"step-\d+(\.tmp-\w+)?")
+COPY = re.compile(r"(step-\d+)|\.step-\d+\.[0-9a-f]+(\.old)?")  # or a draft of one
 LOG = re.compile(r"(ftjob-[A-Za-z0-9]+)\.(supervisor|trainer)\.log")
 ANY = re.compile(r".+")
 
@@ -50,6 +51,8 @@ def find(settings: Settings, named: Named, *, now: float) -> Iterator[Unnamed]:
         (settings.jobs_dir, _of_jobs(settings.jobs_dir, named), settings.collect_after_s),
         (settings.adapters_dir, _of_adapters(settings.adapters_dir, named), settings.collect_after_s),
         (settings.checkpoints_dir, _of_checkpoints(settings.checkpoints_dir, named), settings.collect_after_s),
+        (settings.checkpoint_copies_dir, _of_copies(settings.checkpoint_copies_dir, named), settings.collect_after_s),
+        (settings.incoming_dir, iter(_entries(settings.incoming_dir)), settings.collect_after_s),
         (settings.logs_dir, _of_logs(settings.logs_dir, named), settings.logs_kept_days * 86400.0),
     )
     for area, paths, kept_s in areas:
@@ -116,6 +119,17 @@ def _of_checkpoints(area: Path, named: Named) -> Iterator[Path]:
                 if (job.name, attempt.name, step.name) not in named.checkpoints:
                     yield step
             yield from _if_empty(attempt, standing)
+
+
+def _of_copies(area: Path, named: Named) -> Iterator[Path]:
+    """Fetched from storage, which has them still; whoever uses one touches it. Only what a sampler has loaded stays."""
+    for job, standing in _jobs(area, named):
+        for attempt in _folders(job, ATTEMPT):
+            for step in _folders(attempt, COPY):
+                if (job.name, attempt.name, step.name) not in named.loaded:
+                    yield step
+            yield from _if_empty(attempt, standing)
+        yield from _if_empty(job, standing)
 
 
 def _of_logs(area: Path, named: Named) -> Iterator[Path]:

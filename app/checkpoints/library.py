@@ -1,7 +1,8 @@
 """A checkpoint's adapter directory on this host: as its row names it, or fetched from storage; verified before use.
 
 Does not cover: which checkpoint a name means (`app.inference.repository`). A fetched copy stays in the cache: a sampler
-may have it loaded, and a deleted directory would end a vLLM.
+may have it loaded, and a deleted directory would end a vLLM. Its directory's time says when it was last asked for;
+one that nobody needs is cleared away by `workers.unnamed`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Library:
 
     @classmethod
     def of(cls, settings: Settings) -> Library:
-        return cls(open_store(settings, "checkpoints"), settings.cache_dir / "checkpoints")
+        return cls(open_store(settings, "checkpoints"), settings.checkpoint_copies_dir)
 
     def locate(self, wanted: Reference) -> Path:
         """The adapter directory. Blocking. Raises CorruptCheckpoint (also when it is nowhere), StorageUnavailable."""
@@ -54,6 +55,9 @@ class Library:
             try:
                 if (directory / MANIFEST).exists():
                     self._verify(directory, wanted.sha256)
+                    if directory.is_relative_to(self._cache):
+                        with suppress(OSError):
+                            os.utime(directory)
                     return directory
             except CorruptCheckpoint as error:
                 log.error("checkpoint %s: %s; looking elsewhere", wanted.key, error)

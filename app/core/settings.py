@@ -199,6 +199,15 @@ class Settings(BaseSettings):
         return self.root / "cache"
 
     @property
+    def checkpoint_copies_dir(self) -> Path:
+        return self.cache_dir / "checkpoints"
+
+    @property
+    def incoming_dir(self) -> Path:
+        """Files on their way out of storage. What a killed process left there is cleared away."""
+        return self.cache_dir / "incoming"
+
+    @property
     def logs_dir(self) -> Path:
         return self.root / "logs"
 

@@ -60,6 +60,7 @@ class Named:
     snapshots: frozenset[Place]
     checkpoints: frozenset[Place]
     adapters: frozenset[str]  # names of directories: each has its job and attempt in it
+    loaded: frozenset[Place]  # what a live sampler has loaded: a directory that vanishes under vLLM ends it
 
 
 async def named(session: AsyncSession, grace_s: float) -> Named:
@@ -74,14 +75,14 @@ async def named(session: AsyncSession, grace_s: float) -> Named:
         .where(Sampler.heartbeat > now() - grace_s)  # of a sampler that is gone only its row is left
     )
     in_samplers = [PurePosixPath(path) for path in loaded]
+    loaded_places = frozenset(map(_place, in_samplers))
     pinned = await session.scalars(select(AdapterPin.name).where(AdapterPin.pinned_until > now()))
     return Named(
         jobs={row.id: Standing(row.attempt, row.status == JobStatus.RUNNING, bool(row[3])) for row in jobs},
         snapshots=frozenset(_snapshot(PurePosixPath(path)) for path in snapshots),
-        checkpoints=frozenset(
-            [_place(PurePosixPath(key_of(*row))) for row in checkpoints] + list(map(_place, in_samplers))
-        ),
+        checkpoints=frozenset(_place(PurePosixPath(key_of(*row))) for row in checkpoints) | loaded_places,
         adapters=frozenset([path.name for path in in_samplers] + list(pinned)),
+        loaded=loaded_places,
     )
 
 

@@ -27,4 +27,4 @@ def open_store(settings: Settings, area: Area) -> ObjectStore:
     if scheme in LOCAL:
         return LocalStore(Path(unquote(urlsplit(url).path)) / area)
     options = settings.storage_options.get_secret_value() if settings.storage_options else None
-    return RemoteStore(f"{url}/{area}", options, settings.cache_dir / "incoming")
+    return RemoteStore(f"{url}/{area}", options, settings.incoming_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,13 @@ async def test_a_copy_is_fetched_once(library: Library, reference: Reference, ke
     if kept.local(KEY) is None:
         kept.delete(f"{KEY}/{MANIFEST}")
     assert library.locate(reference) == found
+
+
+async def test_a_copy_that_is_asked_for_again_is_young_again(library: Library, reference: Reference) -> None:
+    if (found := library.locate(reference)).is_relative_to(library._cache):
+        os.utime(found, (1.0, 1.0))
+        library.locate(reference)
+        assert found.stat().st_mtime > 1.0
 
 
 @pytest.mark.parametrize("settings", ["folder", "s3"], indirect=True)  # readers share a position in memory://

@@ -275,6 +275,24 @@ async def test_objects_of_checkpoints_go_when_their_job_is_over(
     ])  # fmt: skip
 
 
+async def test_copies_of_checkpoints_go_when_nobody_asked_for_them_lately_and_no_sampler_has_them(
+    collector: Collector, seed: Seed, settings: Settings, database: Database
+) -> None:
+    running = await seed.job(status="running", attempt=2)
+    for step in (4, 5, 6):
+        await seed.checkpoint(running, step)
+    attempt = settings.checkpoint_copies_dir / running / "a1"
+    forgotten, loaded = old(attempt / "step-4"), old(attempt / "step-5")
+    draft, partial = old(attempt / ".step-4.0a1b"), old(settings.incoming_dir / "tmpx", "half a file")
+    asked_for = old(attempt / "step-6")
+    os.utime(asked_for)  # as the library does
+    fetching = old(settings.incoming_dir / "tmpy", "half a file", age_s=1)
+    await _row(database, *sampler(loaded))
+    assert (await collector.collect()).directories == 3
+    assert not any(path.exists() for path in (forgotten, draft, partial))
+    assert all(path.exists() for path in (loaded, asked_for, fetching))
+
+
 async def test_the_housekeeping_loop_collects(seed: Seed, settings: Settings) -> None:
     job_id = await seed.job(status="paused", attempt=1)
     path = old(settings.jobs_dir / job_id / "a1")
