@@ -34,7 +34,9 @@ def page() -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    value: Any = field.get_default()  # None where it is found out on the host
+    if field.default_factory is not None:  # found out on the host
+        return "–"
+    value: Any = field.get_default()
     if value is None or value == "" or isinstance(value, SecretStr):
         return "–"
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1024**2 and value % 1024**2 == 0:

@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite (WAL) in the data directory.")
     redis_url: str | None = Field(
-        None, description="Redis that `hone worker` is rung over; without it, and under `hone up`, workers only look."
+        None, description="Redis that `hone worker` is rung over, which does not start without; `hone up` ignores it."
     )
     queues: str = Field(
         "", description="Which queue a model's jobs are rung on: model=queue, … with * in model names; others: hone."
