@@ -25,7 +25,7 @@ from app.graders.build import build_grader
 from app.graders.schemas import parse_grader
 from app.jobs.headers import open_headers
 from app.jobs.plan import Plan
-from app.models.catalogue import BaseModel, Catalogue, ModelError
+from app.models.catalogue import BaseModel, BrokenModel, Catalogue, ModelError
 from app.net.clients import HttpClient, guarded_client
 from app.net.endpoint import Mask
 from app.net.guard import EgressPolicy
@@ -37,8 +37,9 @@ from app.tools.http import EndpointUnreachable, ToolEndpoint, dial
 from app.tools.schemas import parse_tools
 from workers.rollouts.types import Limits, Row
 
-CANARY_SEQUENCES = 2
-CANARY_TOKENS = 192  # each: above the 256 tokens of the measured bands; 800 tokens cost 1.0–1.5 s a step
+CANARY_TOKENS = 192  # of one sequence
+CANARY_SCORED = 256  # in all, at least, as the bands were measured with; 800 tokens cost 1.0–1.5 s a step
+CANARY_ROWS = 32  # looked at, at most
 
 
 class JobFailure(Exception):
@@ -70,6 +71,7 @@ class Inputs:
     grader_urls: Mapping[str, str]  # param path → URL, for the dial
     limits: Limits
     canary: list[list[int]]
+    wants_json: bool = False  # the job has a `response_format`
     model_warnings: Sequence[str] = ()  # of the check of its chat format at registration
 
 
@@ -79,6 +81,8 @@ async def read_inputs(settings: Settings, job: Job, files: Shelf, executor: Exec
     catalogue = Catalogue(settings.models_dir)
     try:
         model = catalogue.get(job.model)
+    except BrokenModel as error:
+        raise JobFailure("model_not_found", error.public, "model") from error
     except ModelError as error:
         raise JobFailure("model_not_found", str(error), "model") from error
     vault = load_vault(settings.secret_key.get_secret_value() if settings.secret_key else None, settings.root)
@@ -120,10 +124,8 @@ async def read_inputs(settings: Settings, job: Job, files: Shelf, executor: Exec
             grader_timeout_s=plan.grader_timeout_s,
             rollout_timeout_s=plan.rollout_timeout_s,
         ),
-        canary=[
-            renderer.prompt(list(row.messages), list(row.tools) or None)[-CANARY_TOKENS:]
-            for row in train[:CANARY_SEQUENCES]
-        ],
+        canary=_canary(renderer, train),
+        wants_json=reinforcement.get("response_format") is not None,
         model_warnings=catalogue.check(model.id).get("warnings", ()),
     )
 
@@ -159,6 +161,18 @@ def check_snapshot(directory: str, sha256: str) -> None:
     manifest = Path(directory) / "manifest.json"
     if hashlib.sha256(manifest.read_bytes()).hexdigest() != sha256:
         raise JobFailure("snapshot_changed", f"{manifest} is not what was registered with its step")
+
+
+def _canary(renderer: ChatRenderer, rows: Sequence[Row]) -> list[list[int]]:
+    """Ends of distinct prompts, two or more, until enough tokens are scored: all of a sequence but its first."""
+    found: list[list[int]] = []
+    for row in rows[:CANARY_ROWS]:
+        ids = renderer.prompt(list(row.messages), list(row.tools) or None)[-CANARY_TOKENS:]
+        if ids not in found:
+            found.append(ids)
+        if len(found) > 1 and sum(len(each) - 1 for each in found) >= CANARY_SCORED:
+            break
+    return found
 
 
 def write_canary(path: Path, canary: list[list[int]]) -> str:

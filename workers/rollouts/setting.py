@@ -71,4 +71,5 @@ class Setting:
     limits: Limits
     executor: Executor  # rendering and parsing: never on the event loop
     gate: Gate = OpenGate()  # noqa: RUF009  # stateless
+    wants_json: bool = False  # the job has a `response_format`: the grader gets the answer parsed, too
     on_tool: Callable[[ToolRecord], None] = nobody  # told of every call that reached for an endpoint, failed ones too

@@ -213,7 +213,7 @@ async def _off_loop(setting: Setting, function: Callable[..., R], *arguments: An
 async def _grade(setting: Setting, trajectory: Trajectory, context: CallContext, deadline: float) -> Grade:
     reason = trajectory.stop_reason
     finish = "tool_calls" if reason is StopReason.MAX_STEPS else "length" if trajectory.truncated else "stop"
-    sample = sample_of_messages(trajectory.messages, finish_reason=finish)
+    sample = sample_of_messages(trajectory.messages, finish_reason=finish, wants_json=setting.wants_json)
     with _doing(trajectory, "waiting for the grader", "grading"), tracing.grade():
         return await setting.grader.grade(sample, context.item, context, deadline=deadline)
 

@@ -245,6 +245,15 @@ async def test_a_grader_that_gives_no_score_is_never_a_reward(error: Exception, 
     assert (found.state, found.grade, found.error) == (state, None, str(error))
 
 
+@pytest.mark.parametrize(("wants_json", "parsed"), [(True, 84), (False, None)])
+async def test_a_grader_gets_the_answer_parsed_where_the_job_has_a_response_format(
+    wants_json: bool, parsed: int | None
+) -> None:
+    grader = ScriptedGrader()
+    await roll(setting(ScriptedPolicy(["84"]), grader, wants_json=wants_json), row())
+    assert [sample.output_json for sample, _ in grader.seen] == [parsed]
+
+
 async def test_a_sampler_fault_is_a_state_with_the_errors_name() -> None:
     found = await roll(setting(ScriptedPolicy([SamplerUnavailable("gone", url="http://s")])), row())
     assert found.state is RolloutState.SAMPLER_FAILED

@@ -22,11 +22,13 @@ from app.security.vault import load_vault
 from app.tools.http import ToolEndpoint
 from tests.db.rows import METHOD, Seed
 from tests.tiny import make_weightless_llama
+from workers.rollouts.types import Row
 from workers.setup import (
-    CANARY_SEQUENCES,
+    CANARY_SCORED,
     CANARY_TOKENS,
     Inputs,
     JobFailure,
+    _canary,
     dial_endpoints,
     read_inputs,
     write_canary,
@@ -129,11 +131,27 @@ async def test_the_context_is_what_the_sampler_serves_when_that_is_less(
     await inputs.http.aclose()
 
 
+def test_short_prompts_make_a_canary_of_more_of_them() -> None:
+    class Letters:
+        def prompt(self, messages: list[dict[str, str]], tools: None) -> list[int]:
+            return [ord(letter) for letter in messages[0]["content"]]
+
+    def rows(*texts: str) -> list[Row]:
+        return [Row(n, {"messages": [{"role": "user", "content": text}]}) for n, text in enumerate(texts)]
+
+    renderer: Any = Letters()
+    made = _canary(renderer, rows(*(f"{n:03}{'x' * 27}" for n in range(100))))
+    assert len(made) == 9  # of 29 scored tokens
+    assert sum(len(ids) - 1 for ids in made) >= CANARY_SCORED
+    assert len(_canary(renderer, rows(*["the same"] * 50))) == 1
+    assert len(_canary(renderer, rows("one", "two"))) == 2
+
+
 async def test_the_canary_is_a_few_real_prompts_cut_to_size(
     settings: Settings, database: Database, seed: Seed, tmp_path: Path
 ) -> None:
     inputs = await inputs_of(settings, database, seed)
-    assert [len(ids) for ids in inputs.canary] == [CANARY_TOKENS] * CANARY_SEQUENCES
+    assert [len(ids) for ids in inputs.canary] == [CANARY_TOKENS] * 2
     path = write_canary(tmp_path / "a1" / "canary.json", inputs.canary)
     assert json.loads(Path(path).read_text()) == inputs.canary
     await inputs.http.aclose()
