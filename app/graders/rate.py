@@ -18,10 +18,15 @@ class RateLimit:
         self._clock = clock
         self._next = float("-inf")
 
-    async def wait(self) -> None:
-        """Return when it is this caller's turn; turns are given out in the order of asking."""
+    async def wait(self, within_s: float = float("inf")) -> None:
+        """Return when it is this caller's turn; turns are given out in the order of asking.
+
+        Raises TimeoutError at once where that is not within `within_s`: whoever cannot use a turn takes none away.
+        """
         now = self._clock()
         turn = max(now, self._next)
+        if turn - now > within_s:
+            raise TimeoutError
         self._next = turn + self._interval_s
         if turn > now:
             await asyncio.sleep(turn - now)

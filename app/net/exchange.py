@@ -42,8 +42,8 @@ Watch = Callable[[Attempted], None]
 class Gate(Protocol):
     """Something every attempt waits for, such as a rate limit."""
 
-    async def wait(self) -> None:
-        """Return when the next request may leave."""
+    async def wait(self, within_s: float) -> None:
+        """Return when the next request may leave. Raises TimeoutError when that is not within `within_s`."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ async def post_json(
             raise unanswered(last)
         if gate is not None:
             try:
-                async with asyncio.timeout(None if deadline is None else left):
-                    await gate.wait()
+                await gate.wait(left)
             except TimeoutError:
                 raise unanswered("its rate limit left no turn before the deadline") from None
         limit = min(timeout_s, max(_left(deadline), 0.001))
@@ -233,7 +232,7 @@ def _retry_after(value: str | None) -> float | None:
         return float(value)
     try:
         when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if when.tzinfo is None:
         when = when.replace(tzinfo=UTC)

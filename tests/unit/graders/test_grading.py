@@ -198,6 +198,17 @@ async def test_a_rate_limit_does_not_outlive_the_deadline(http: HttpClient, endp
         await built.grade(said("x"), ITEM, CONTEXT, deadline=time.monotonic() + 0.1)
 
 
+async def test_whoever_cannot_wait_for_a_turn_takes_none_from_those_who_can() -> None:
+    now = [0.0]
+    limit = RateLimit(1000, clock=lambda: now[0])
+    await limit.wait()
+    for _ in range(100):
+        with pytest.raises(TimeoutError):
+            await limit.wait(0.0005)
+    assert limit._next == pytest.approx(0.001)
+    await limit.wait(0.0015)
+
+
 async def test_a_rate_limit_saves_nothing_up_while_idle() -> None:
     now = [0.0]
     limit = RateLimit(50, clock=lambda: now[0])
