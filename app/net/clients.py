@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import ssl
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import certifi
 import httpcore
@@ -81,6 +82,7 @@ def guarded_client(
         timeout=_timeout(timeout_s),
         trust_env=False,
         follow_redirects=False,
+        cookies=_no_cookies(),
         # A compressed megabyte can unpack to a gigabyte inside one chunk, before any cap sees it.
         headers={"Accept-Encoding": "identity", "User-Agent": "hone"},
     )
@@ -93,12 +95,18 @@ def operator_client(*, timeout_s: float, max_connections: int = 1000) -> httpx.A
         timeout=_timeout(timeout_s),
         trust_env=False,
         follow_redirects=False,
+        cookies=_no_cookies(),
         headers={"User-Agent": "hone"},
     )
 
 
 def _open_transport(limits: httpx.Limits) -> httpx.AsyncHTTPTransport:
     return httpx.AsyncHTTPTransport(verify=_tls_context(), trust_env=False, limits=limits)
+
+
+def _no_cookies() -> CookieJar:
+    """Keeps none: a client serves all rollouts of a job, or all projects, which a server would take for one session."""
+    return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
 
 
 def _timeout(timeout_s: float) -> httpx.Timeout:

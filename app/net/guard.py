@@ -31,8 +31,9 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 SocketOption = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
 
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-# Prefixes whose last 32 bits are an IPv4 address that a gateway or the kernel may unwrap: compatible, NAT64 (two).
-_TAIL_IS_IPV4 = (IPv6Network("::/96"), IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
+# Prefixes whose last 32 bits are an IPv4 address that a gateway or the kernel may unwrap: compatible, NAT64. That of
+# local NAT64s (64:ff9b:1::/48) may keep it in other bits (RFC 6052 §2.2): no address in there is taken for public.
+_TAIL_IS_IPV4 = (IPv6Network("::/96"), IPv6Network("64:ff9b::/96"))
 
 
 class EgressDenied(Exception):

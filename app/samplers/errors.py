@@ -12,14 +12,16 @@ SamplerError
 Does not cover: whether the served weights are the right ones, which the publication's proof decides.
 """
 
+from app.net.endpoint import show_url
+
 
 class SamplerError(Exception):
-    """`url` is the sampler's base address, for the operator's log."""
+    """`url` is the sampler's base address (or whose sampler it is), without the credentials that it may hold."""
 
     def __init__(self, message: str, *, url: str) -> None:
-        super().__init__(f"{message} ({url})")
+        self.url = show_url(url) if "://" in url else url
+        super().__init__(f"{message} ({self.url})")
         self.reason = message
-        self.url = url
 
 
 class SamplerUnavailable(SamplerError):

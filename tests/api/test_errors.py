@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -117,6 +120,19 @@ def test_a_body_that_does_not_validate_is_a_400(broken: TestClient, body: bytes,
 def test_a_streamed_body_is_counted(broken: TestClient) -> None:
     response = broken.post("/echo", content=iter([b" " * 1024**2] * 9), headers={"content-type": "application/json"})
     assert (response.status_code, _error(response)["code"]) == (413, "request_too_large")  # type: ignore[arg-type]
+
+
+def test_a_length_of_nothing_hides_no_body(live_server: LiveServer) -> None:
+    """Where both are given, chunked wins (RFC 9112 §6.3)."""
+    where = urlsplit(live_server.url)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((where.hostname, where.port), timeout=20) as connection:
+        connection.sendall(f"{head}Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(MAX_BODY_BYTES // 1024**2 + 1):
+                connection.sendall(b"100000\r\n" + b" " * 1024**2 + b"\r\n")
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 413"), answer
 
 
 def test_health_names_what_is_missing(http: httpx.Client, live_server: LiveServer) -> None:

@@ -113,6 +113,13 @@ async def test_whoever_watches_hears_how_each_attempt_ended(http: HttpClient, en
     assert 0.99 <= heard[1].seconds < 5
 
 
+async def test_no_cookie_is_kept_for_the_next_rollout(http: HttpClient, endpoint: UserEndpoint) -> None:
+    endpoint.plays(Reply(200, {}, headers={"Set-Cookie": "session=of-somebody; Path=/"}))
+    for _ in range(2):
+        await post_json(http, endpoint.url, b"{}", {"Cookie": "ours=1"}, timeout_s=5, deadline=None)
+    assert [seen.headers["cookie"] for seen in endpoint.seen] == ["ours=1", "ours=1"]
+
+
 async def test_retry_after_is_honoured(http: HttpClient, endpoint: UserEndpoint) -> None:
     endpoint.plays(Reply(429, headers={"Retry-After": "1"}), Reply(200, {}))
     await post(http, endpoint.url)
@@ -135,7 +142,8 @@ def test_retry_after_may_be_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     assert 25 < (_retry_after(soon) or 0) <= 30
     assert _retry_after("Mon, 01 Jan 2001 00:00:00 GMT") == 0.0
-    assert _retry_after("whenever") is None
+    for unreadable in ("whenever", "Mon, 01 Jan 99999999999 00:00:00 GMT"):
+        assert _retry_after(unreadable) is None
 
 
 def test_the_pause_doubles_up_to_its_cap_and_jitters_down_to_half() -> None:

@@ -38,6 +38,11 @@ def answering(body: Any, status: int = 200) -> Handler:
 ASK = CompletionRequest("job-v1", [1, 2, 3], 8, timeout_s=5)
 
 
+def test_no_failure_of_a_sampler_shows_the_credentials_in_its_url() -> None:
+    error = SamplerUnavailable("gone", url="https://user:sesame@gpu.example:8000/v1?key=sesame")
+    assert (str(error), error.url) == ("gone (https://gpu.example:8000/v1?…)", "https://gpu.example:8000/v1?…")
+
+
 async def test_a_completion_carries_what_the_trainer_needs() -> None:
     done = await client(answering(answer())).complete(ASK)
     assert (done.token_ids, done.log_probs, done.finish_reason, done.stop_reason) == ((5, 6), (-0.5, -1.0), "stop", 6)
