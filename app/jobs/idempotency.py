@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import InvalidRequest
-from app.db.engine import now
+from app.db.engine import alone, now
 from app.db.tables import IdempotencyKey
 
 ROUTE = "POST /v1/fine_tuning/jobs"
@@ -49,17 +49,19 @@ async def find(session: AsyncSession, attempt: Attempt) -> str | None:
         )
         if found is not None and found.request_hash != attempt.request_hash:
             raise InvalidRequest(f"{HEADER} was already used with another body; take a new key", param=HEADER)
-    elif attempt.retry:
-        found = await session.scalar(
-            mine.where(
-                IdempotencyKey.request_hash == attempt.request_hash,
-                IdempotencyKey.created_at > now() - RETRY_WINDOW_S,
-            )
-            .order_by(IdempotencyKey.created_at.desc())
-            .limit(1)
-        )
-    else:
+        return None if found is None else found.resource_id
+    # The request before may still be at it: its row is seen once it is done.
+    await alone(session, f"create {attempt.project_id} {attempt.request_hash}")
+    if not attempt.retry:
         return None
+    found = await session.scalar(
+        mine.where(
+            IdempotencyKey.request_hash == attempt.request_hash,
+            IdempotencyKey.created_at > now() - RETRY_WINDOW_S,
+        )
+        .order_by(IdempotencyKey.created_at.desc())
+        .limit(1)
+    )
     return None if found is None else found.resource_id
 
 

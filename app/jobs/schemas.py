@@ -6,7 +6,7 @@ Does not cover: the aliases of §2.3 (`normalise`), graders (`app.graders.schema
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 Auto = Literal["auto"]
 Off = Literal["off"]
 MAX_SEED = 2**31 - 1
+LARGEST = sys.float_info.max  # NaN is not below it, and whole numbers may be above
 TOP_LEVEL = frozenset(
     {
         "model",
@@ -50,7 +51,7 @@ def _auto_float(above: float, high: float | None = None) -> Callable[[Any], Any]
     def check(value: Any) -> Any:
         if value is None or value == "auto":
             return "auto"
-        fits = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value > above
+        fits = not isinstance(value, bool) and isinstance(value, int | float) and above < value <= LARGEST
         if not fits or (high is not None and value > high):
             raise ValueError(f'must be "auto" or a number {bounds}')
         return value
@@ -71,7 +72,7 @@ def _range(value: Any) -> Any:
     if value is None or value == "off":
         return value
     numbers = isinstance(value, list | tuple) and all(
-        isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part) for part in value
+        isinstance(part, int | float) and not isinstance(part, bool) and abs(part) <= LARGEST for part in value
     )
     if not numbers or len(value) != 2 or not 0 <= value[0] < 1 < value[1]:
         raise ValueError('must be "off" or [low, high] with 0 <= low < 1 < high')
@@ -96,7 +97,7 @@ class Hyperparameters(BaseModel):
     learning_rate_multiplier: Annotated[float | Auto, BeforeValidator(_auto_float(0.0))] = "auto"
     compute_multiplier: Annotated[float | Auto, BeforeValidator(_auto_float(0.00001, 10.0))] = "auto"
     eval_interval: Annotated[int | Auto, BeforeValidator(_auto_int(1))] = "auto"
-    eval_samples: Annotated[int | Auto, BeforeValidator(_auto_int(1))] = "auto"
+    eval_samples: Annotated[int | Auto, BeforeValidator(_auto_int(1, 1000))] = "auto"
     reasoning_effort: Annotated[
         Literal["default", "low", "medium", "high"], BeforeValidator(lambda v: "default" if v is None else v)
     ] = "default"

@@ -17,6 +17,7 @@ from app.jobs.rows import RowChecker, RowSpec
 
 MIN_TRAIN_ROWS, MAX_TRAIN_ROWS = 10, 50_000
 MIN_VALID_ROWS, MAX_VALID_ROWS = 1, 1_000
+MAX_EVALUATIONS = 20_480  # as many as the largest training step has
 MAX_PROBLEMS = 1000
 NAMED_PROBLEMS = 5  # in the job's error message; the event has them all
 
@@ -110,6 +111,20 @@ def refusal(train: FileReport, valid: FileReport, train_id: str, valid_id: str) 
             return Refusal(f"invalid_{kind}_file", message, f"{kind}_file", data)
     return _counts("Training", train.n_rows, MIN_TRAIN_ROWS, MAX_TRAIN_ROWS) or _counts(
         "Validation", valid.n_rows, MIN_VALID_ROWS, MAX_VALID_ROWS
+    )
+
+
+def too_many_evaluations(rows: int, samples: int) -> Refusal | None:
+    """All rollouts of a validation pass are prepared at once, so there is a limit, as a training step has one."""
+    if rows * samples <= MAX_EVALUATIONS:
+        return None
+    param = "method.reinforcement.hyperparameters.eval_samples"
+    return Refusal(
+        "too_many_evaluations",
+        f"{rows} validation rows × {samples} eval_samples are {rows * samples} rollouts in each validation pass, "
+        f"at most {MAX_EVALUATIONS} are possible: eval_samples may be {MAX_EVALUATIONS // rows} here",
+        param,
+        {"rows": rows, "eval_samples": samples},
     )
 
 

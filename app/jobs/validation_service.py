@@ -24,7 +24,15 @@ from app.jobs import events, leases
 from app.jobs.headers import mask_headers
 from app.jobs.plan import Plan, resolve
 from app.jobs.rows import RowSpec
-from app.jobs.validation import FileReport, Refusal, TooSlow, refusal, validate_rows, warnings
+from app.jobs.validation import (
+    FileReport,
+    Refusal,
+    TooSlow,
+    refusal,
+    too_many_evaluations,
+    validate_rows,
+    warnings,
+)
 from app.models.catalogue import BaseModel, BrokenModel, Catalogue, ModelError
 from app.rendering.protocol import ChatRenderer, MessageNotRenderable, RenderingError
 from app.rendering.registry import load_renderer
@@ -156,6 +164,8 @@ def read_files(
     if refused := refusal(train, valid, job.training_file, valid_id):
         return Outcome(None, refused)
     plan = resolve(job.method, job.options, train.n_rows, valid.n_rows, model, job.seed)
+    if refused := too_many_evaluations(valid.n_rows, plan.eval_samples):
+        return Outcome(None, refused)
     return Outcome(plan, None, tuple(warnings(train, valid, tools)))
 
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.core.states import RolloutState
 from app.db.tables import Rollout
 
+MAX_INT = 2**31 - 1  # of a column
+
 
 class RolloutQuery(BaseModel):
     """Query parameters of the list; all that are given must hold."""
@@ -21,11 +23,11 @@ class RolloutQuery(BaseModel):
     after: str | None = None
     limit: int = Field(20, ge=1, le=1000)
     order: Literal["asc", "desc"] = "desc"
-    step: int | None = Field(None, ge=0)
+    step: int | None = Field(None, ge=0, le=MAX_INT)
     split: Literal["train", "valid"] | None = None
     state: RolloutState | None = None
     greedy: bool | None = None
-    row: int | None = Field(None, ge=0)
+    row: int | None = Field(None, ge=0, le=MAX_INT)
     min_reward: float | None = Field(None, allow_inf_nan=False)
     max_reward: float | None = Field(None, allow_inf_nan=False)
     tool_error: bool | None = Field(

@@ -48,6 +48,7 @@ async def test_the_list_is_filtered(http: httpx.Client, seed: Seed) -> None:
 
 async def test_a_filter_out_of_range_is_a_400_that_names_it(http: httpx.Client, seed: Seed) -> None:
     path = f"/v1/fine_tuning/jobs/{await seed.job()}/rollouts"
+    assert http.get(path, params={"step": 10**20}).status_code == 400
     wrong = {"state": "happy", "split": "test", "step": "-1", "limit": "0", "min_reward": "nan", "order": "up"}
     for name, value in wrong.items():
         answer = http.get(path, params={name: value})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from app.core.errors import InvalidRequest, NotFound
@@ -111,6 +113,25 @@ async def test_a_retry_finds_the_job_only_for_five_minutes(database: Database) -
         assert await idempotency.find(session, Attempt(DEFAULT_PROJECT, "else", None, retry=True)) is None
         await session.execute(idempotency.IdempotencyKey.__table__.update().values(created_at=now() - 301))
         assert await idempotency.find(session, retry) is None
+
+
+async def test_a_retry_waits_for_the_request_that_it_repeats(database: Database) -> None:
+    """The client has given up on it, the server has not: without the wait both would create a job."""
+    retry = Attempt(DEFAULT_PROJECT, "hash", None, retry=True)
+    began = asyncio.Event()
+
+    async def first() -> None:
+        async with database.begin() as session:
+            assert await idempotency.find(session, ATTEMPT) is None
+            await idempotency.remember(session, ATTEMPT, "ftjob-1")
+            began.set()
+            await asyncio.sleep(0.3)  # before its commit
+
+    slow = asyncio.create_task(first())
+    await began.wait()
+    async with database.begin() as session:
+        assert await idempotency.find(session, retry) == "ftjob-1"
+    await slow
 
 
 async def test_a_key_stands_for_one_body(database: Database) -> None:

@@ -157,10 +157,10 @@ def test_a_fault_names_its_field(request_: dict[str, Any], param: str) -> None:
     [
         ("n_epochs", [0, 51, 1.5, "2", True, "AUTO"], [1, 50, "auto", None]),
         ("batch_size", [0, 257, -1, 8.0], [1, 256, "auto"]),
-        ("learning_rate_multiplier", [0, -1, "1", True], [0.1, 3, "auto"]),
+        ("learning_rate_multiplier", [0, -1, "1", True, 10**400], [0.1, 3, "auto"]),
         ("compute_multiplier", [0.00001, 10.1, 0], [0.00002, 10, 1]),
         ("eval_interval", [0, 0.5], [1, 1000]),
-        ("eval_samples", [0, "x"], [1, 64]),
+        ("eval_samples", [0, "x", 1001], [1, 64]),
         ("reasoning_effort", ["auto", 1], ["default", "low", "medium", "high", None]),
     ],
 )

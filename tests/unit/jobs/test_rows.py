@@ -11,7 +11,15 @@ import pytest
 from app.files import jsonl
 from app.graders.schemas import parse_grader
 from app.jobs.rows import RowSpec
-from app.jobs.validation import MAX_PROBLEMS, FileReport, TooSlow, refusal, validate_rows, warnings
+from app.jobs.validation import (
+    MAX_PROBLEMS,
+    FileReport,
+    TooSlow,
+    refusal,
+    too_many_evaluations,
+    validate_rows,
+    warnings,
+)
 
 SPEC = RowSpec(
     tools=frozenset({"lookup", "search"}),
@@ -147,6 +155,15 @@ def test_a_bad_validation_file_is_its_own_code() -> None:
     refused = refusal(report(*[row()] * 10), report("{}"), "file-t", "file-v")
     assert refused is not None
     assert (refused.code, refused.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_a_validation_pass_has_a_limit_that_is_told_with_what_would_fit() -> None:
+    assert too_many_evaluations(1000, 20) is None
+    refused = too_many_evaluations(1000, 21)
+    assert refused is not None
+    assert refused.param == "method.reinforcement.hyperparameters.eval_samples"
+    assert "21000 rollouts" in refused.message
+    assert "eval_samples may be 20 here" in refused.message
 
 
 def test_too_few_examples_have_the_recorded_message() -> None:
