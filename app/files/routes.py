@@ -59,13 +59,17 @@ async def create_file(
     request: Request, caller: CallerDep, settings: SettingsDep, database: DatabaseDep, storage: StorageDep
 ) -> FileObject:
     """Upload a file; a `fine-tune` file is checked line by line before the answer."""
+    content_type, declared = request.headers.get("content-type", ""), request.headers.get("content-length", "")
+    declared_bytes = int(declared) if declared.isdecimal() else None
     async with database.begin() as session:
         expired = await repository.remove_expired(session)
     await service.remove_bytes(storage, expired)
-    content_type, declared = request.headers.get("content-type", ""), request.headers.get("content-length", "")
-    declared_bytes = int(declared) if declared.isdecimal() else None
+    async with database.read() as session:
+        await service.require_room(session, caller.project_id, 1)
     async with (
-        service.receiving(storage, request.stream(), content_type, declared_bytes, settings.max_file_bytes) as received,
+        service.receiving(
+            storage, database, request.stream(), content_type, declared_bytes, settings.max_file_bytes
+        ) as received,
         database.begin() as session,
     ):
         row = await service.register(session, caller.project_id, received)

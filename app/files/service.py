@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import InvalidRequest, NotFound, PayloadTooLarge, ServiceError, Unavailable
 from app.core.ids import new_id
 from app.core.paging import Page
-from app.db.engine import now
+from app.db.engine import Database, now
 from app.db.tables import File
 from app.files import jsonl, repository
 from app.files.multipart import OVERHEAD_BYTES, receive_form
@@ -56,9 +57,14 @@ class Received:
 
 @asynccontextmanager
 async def receiving(
-    storage: Storage, chunks: AsyncIterable[bytes], content_type: str, declared_bytes: int | None, limit: int
+    storage: Storage,
+    database: Database,
+    chunks: AsyncIterable[bytes],
+    content_type: str,
+    declared_bytes: int | None,
+    limit: int,
 ) -> AsyncIterator[Received]:
-    """Stream an upload to storage and check it; if the block fails, the bytes are removed again.
+    """Stream an upload to storage and check it; if the block fails, bytes that no row names are removed again.
 
     Raises StorageUnavailable, and the errors of a request.
     """
@@ -82,8 +88,19 @@ async def receiving(
     try:
         yield Received(file_id, stored, form.filename or "", purpose, expires_s, problem)
     except BaseException:
-        await remove_bytes(storage, [file_id])
+        if not await _is_known(database, file_id):
+            await remove_bytes(storage, [file_id])
         raise
+
+
+async def _is_known(database: Database, file_id: str) -> bool:
+    """A commit may be done and yet be reported as failed. True, too, where that cannot be told."""
+    try:
+        async with database.read() as session:
+            return await session.get(File, file_id) is not None
+    except SQLAlchemyError as error:
+        log.warning("the bytes of %s may stay behind: %s", file_id, error)
+        return True
 
 
 async def remove_bytes(storage: Storage, ids: Iterable[str]) -> None:
@@ -114,15 +131,20 @@ async def shelf(session: AsyncSession, storage: Storage, ids: Iterable[str]) -> 
     return Shelf(storage, await repository.digests(session, list(ids)))
 
 
-async def register(session: AsyncSession, project_id: str, received: Received) -> File:
-    """Make a received file known. Raises InvalidRequest above the project's quota."""
+async def require_room(session: AsyncSession, project_id: str, more_bytes: int) -> None:
+    """Raises InvalidRequest above the project's quota. Before an upload, too: its bytes lie on disk while it lasts."""
     used = await repository.total_bytes(session, project_id)
-    if used + received.stored.bytes > PROJECT_QUOTA_BYTES:
+    if used + more_bytes > PROJECT_QUOTA_BYTES:
         raise InvalidRequest(
             f"The project's files would exceed {PROJECT_QUOTA_BYTES // 1024**3} GB; delete some first.",
             param="file",
             code="quota_exceeded",
         )
+
+
+async def register(session: AsyncSession, project_id: str, received: Received) -> File:
+    """Make a received file known. Raises InvalidRequest above the project's quota."""
+    await require_room(session, project_id, received.stored.bytes)
     return await _add(
         session,
         project_id,
@@ -242,7 +264,8 @@ def _expires(fields: Mapping[str, str]) -> int | None:
         return None
     if anchor != "created_at":
         raise InvalidRequest("The only anchor is 'created_at'.", param="expires_after.anchor")
-    if seconds is None or not seconds.isdecimal() or not seconds.isascii() or int(seconds[:12]) not in EXPIRES_S:
+    whole = seconds is not None and seconds.isdecimal() and seconds.isascii() and len(seconds) <= 12
+    if seconds is None or not whole or int(seconds) not in EXPIRES_S:
         raise InvalidRequest(
             f"A whole number from {EXPIRES_S.start} to {EXPIRES_S.stop - 1} is needed.", param="expires_after.seconds"
         )

@@ -6,7 +6,8 @@ import io
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import openai
 import pytest
 from openai import OpenAI
 from sqlalchemy import update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.ids import new_id
 from app.db.engine import Database
@@ -143,6 +146,46 @@ def test_a_life_out_of_range_is_refused(client: OpenAI, seconds: int) -> None:
             file=("x", b"x"), purpose="user_data", expires_after={"anchor": "created_at", "seconds": seconds}
         )
     assert caught.value.param == "expires_after.seconds"
+
+
+@pytest.mark.parametrize("seconds", ["000000003600999999999", "9" * 5000])
+def test_a_life_is_judged_by_all_of_its_digits(http: httpx.Client, seconds: str) -> None:
+    form = {"purpose": "user_data", "expires_after[anchor]": "created_at", "expires_after[seconds]": seconds}
+    refused = http.post("/v1/files", files={"file": ("x", b"x")}, data=form)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith("expires_after")
+
+
+async def test_a_commit_that_is_done_but_reported_as_failed_keeps_the_bytes(
+    client: OpenAI, live_server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Database.begin
+
+    @asynccontextmanager
+    async def lies(database: Database) -> AsyncIterator[AsyncSession]:
+        async with begin(database) as session:
+            yield session
+            made = any(isinstance(each, File) for each in (*session.new, *session.identity_map.values()))
+        if made:
+            raise OperationalError("", {}, Exception("the server went away"))
+
+    monkeypatch.setattr(Database, "begin", lies)
+    with pytest.raises(openai.InternalServerError):
+        client.with_options(max_retries=0).files.create(file=("x.jsonl", ROWS), purpose="fine-tune")
+    monkeypatch.undo()
+    [file] = client.files.list().data
+    assert client.files.content(file.id).read() == ROWS
+
+
+def test_a_project_without_room_is_told_before_it_uploads(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch, live_server: LiveServer
+) -> None:
+    monkeypatch.setattr("app.files.service.PROJECT_QUOTA_BYTES", len(ROWS))
+    client.files.create(file=("x.jsonl", ROWS), purpose="fine-tune")
+    monkeypatch.setattr("app.files.service.receive_form", None)  # not reached
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(file=("y.jsonl", ROWS), purpose="fine-tune")
+    assert caught.value.code == "quota_exceeded"
 
 
 def test_a_file_above_the_limit_is_a_413_and_leaves_nothing(client: OpenAI, live_server: LiveServer) -> None:
