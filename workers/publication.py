@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from app.net.endpoint import show_url
 from app.samplers.service import Adapter
 from workers.messages import Published
 from workers.sampler.policy import ServedPolicy
@@ -150,7 +151,7 @@ class Publisher:
             proof = await look(station, version, self._canary, self._trained, seen, dtypes, self._policy.base_model)
             if not proof.failures:
                 break
-            log.warning("%s at %s: %s", adapter.name, station.sampler.url, "; ".join(proof.failures))
+            log.warning("%s at %s: %s", adapter.name, show_url(station.sampler.url), "; ".join(proof.failures))
             seen.prints.pop(adapter.name, None)
         else:
             raise Unproved("; ".join(proof.failures), sampler=station.sampler.url, figures={"gates": proof.as_dict()})

@@ -22,6 +22,7 @@ from app.db.engine import Database
 from app.files import service as files
 from app.files.storage import Storage
 from app.jobs.leases import Claim
+from app.net.endpoint import show_url
 from app.samplers.service import LiveSampler, Samplers
 from app.storage.build import open_store
 from workers import devices
@@ -33,7 +34,7 @@ from workers.heartbeat import Heartbeat
 from workers.launch import BadLaunch, Launch, read_launch
 from workers.messages import LoraSpec, Start
 from workers.pipeline import Pipeline
-from workers.publication import Publisher
+from workers.publication import PublicationUnproved, Publisher
 from workers.registry import Registry
 from workers.results import table, write_result_file
 from workers.rollouts.congestion import Congestion
@@ -44,6 +45,7 @@ from workers.rollouts.stream import Consumed, RowStream
 from workers.rollouts.trajectory import Setting
 from workers.sampler import engines
 from workers.sampler.policy import ServedPolicy
+from workers.sampler.proof import Unproved
 from workers.sampler.proof.files import AdapterFiles
 from workers.setup import Inputs, JobFailure, check_snapshot, dial_endpoints, read_inputs, write_canary
 from workers.storing import Checkpoints, persist
@@ -110,6 +112,11 @@ class Run:
             done, _ = await asyncio.wait([main, *beside], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+        except Unproved as error:
+            raise PublicationUnproved(
+                f"A version in use could not be proved again: {error}",
+                {"sampler": error.sampler, "reason": error.reason, **error.figures},
+            ) from error
         finally:
             for task in (main, *beside):
                 task.cancel()
@@ -155,6 +162,7 @@ class Run:
             limits=inputs.limits,
             executor=self.executor,
             gate=congestion,
+            wants_json=inputs.wants_json,
         )
         pool = Pool(setting, self.recorder, congestion, group_size=plan.group_size)
         stream = RowStream(inputs.train, plan.seed, self.standing.consumed.cursor())
@@ -299,8 +307,8 @@ def _require_rank(rank: int, sampler: LiveSampler) -> None:
     if highest is not None and rank > int(highest):
         raise JobFailure(
             "lora_rank_too_high",
-            f"hone.lora_rank {rank} is above {highest}, the highest that the sampler at {sampler.url} was started "
-            "with; ask for less, or set HONE_SAMPLER_MAX_LORA_RANK and restart",
+            f"hone.lora_rank {rank} is above {highest}, the highest that the sampler at {show_url(sampler.url)} was "
+            "started with; ask for less, or set HONE_SAMPLER_MAX_LORA_RANK and restart",
             "hone.lora_rank",
         )
 

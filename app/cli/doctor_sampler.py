@@ -109,11 +109,12 @@ def _local(found: Mapping[str, Any]) -> Iterator[Finding]:
         samplers = " | ".join(",".join(map(str, each)) for each in shares["samplers"])
         trainer = ",".join(map(str, shares["trainer"]))
         kind = "shared" if shares["shared"] else "disjoint"
+        jobs = f" divided by {found['jobs']} jobs" if found["jobs"] > 1 else ""
         yield Finding(
             "gpu share",
             Verdict.OK,
             f"{kind}: sampler GPU {samplers} at {shares['sampler_memory']:.0%} of its memory, "
-            f"trainer GPU {trainer} at {shares['trainer_memory']:.0%}",
+            f"trainer GPU {trainer} at {shares['trainer_memory']:.0%}{jobs}",
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.net.clients import HttpClient
+from app.net.endpoint import show_url
 from app.samplers.client import CompletionRequest, SamplerClient
 from app.samplers.errors import ModelNotServed, SamplerError
 
@@ -45,11 +46,11 @@ async def admit(http: HttpClient, url: str, base_model: str, *, dtype: str | Non
         served = {model.id: model for model in await client.models() if model.parent is None}
         if base_model not in served:
             names = tuple(sorted(served))
-            raise NotAdmitted(f"{url} serves {', '.join(names) or 'nothing'}", names)
+            raise NotAdmitted(f"{show_url(url)} serves {', '.join(names) or 'nothing'}", names)
         length = served[base_model].max_model_len
         if length is not None and length < context:
             raise NotAdmitted(
-                f"{url} serves {base_model} up to {length} tokens, {context} are needed: "
+                f"{show_url(url)} serves {base_model} up to {length} tokens, {context} are needed: "
                 "raise its --max-model-len or lower HONE_SAMPLER_MAX_MODEL_LEN"
             )
         about = await client.version()
@@ -73,4 +74,4 @@ async def _has_adapter_routes(client: SamplerClient) -> None:
     except ModelNotServed as error:
         if "'detail'" in str(error):
             fix = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-            raise NotAdmitted(f"{client.base_url} takes no adapters: {fix}") from error
+            raise NotAdmitted(f"{show_url(client.base_url)} takes no adapters: {fix}") from error

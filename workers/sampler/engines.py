@@ -64,11 +64,15 @@ def vllm_python(settings: Settings, beside: Path = BESIDE) -> Path | None:
 
 
 def trainer_share(settings: Settings, found: Sequence[Gpu], beside: Path = BESIDE) -> TrainerShare:
-    """What a trainer on this host may take beside the samplers of this host. Raises `NoEngine`, `NotEnoughGpus`."""
+    """What one trainer on this host may take beside its samplers: those of `runner_slots` jobs share the cards.
+
+    Raises `NoEngine`, `NotEnoughGpus`.
+    """
+    jobs = settings.runner_slots
     engine = None if settings.sampler_urls else choose(settings, found, beside).engine
     if isinstance(engine, Vllm) and engine.shares is not None:
-        return TrainerShare(engine.shares.trainer, engine.shares.trainer_memory)
-    return TrainerShare(tuple(gpu.index for gpu in found), ALONE)
+        return TrainerShare(engine.shares.trainer, round(engine.shares.trainer_memory / jobs, 2))
+    return TrainerShare(tuple(gpu.index for gpu in found), round(ALONE / jobs, 2))
 
 
 def describe(settings: Settings, found: Sequence[Gpu], beside: Path = BESIDE) -> dict[str, Any]:
@@ -87,6 +91,7 @@ def describe(settings: Settings, found: Sequence[Gpu], beside: Path = BESIDE) ->
         "dtype": vllm.dtype if vllm is not None else settings.sampler_dtype,
         "tensor_parallel": settings.vllm_tensor_parallel if vllm is not None else 1,
         "shares": asdict(vllm.shares) if vllm is not None and vllm.shares is not None else None,
+        "jobs": settings.runner_slots,
         "max_loras": settings.sampler_max_adapters,
         "max_lora_rank": launches[0].max_lora_rank if launches else settings.sampler_max_lora_rank,
         "commands": [list(launch.command) for launch in launches],

@@ -69,15 +69,18 @@ class Keeper(Daemon):
                     self.kept[place].wanted = moment
                 elif self.failures.may_start(place):
                     await self.start(place)
+        waiting: list[Kept] = []
         for kept in list(self.kept.values()):
             if kept.child is not None and kept.child.poll() is not None:
                 words = await asyncio.to_thread(last_words, kept.log, kept.log_from)
                 await self.failed(kept, f"ended with exit code {kept.child.poll()}: {words}")
             elif kept.row_id is None:
-                await self.await_admission(kept)
+                waiting.append(kept)
             elif kept.child is not None and moment - kept.wanted > self.settings.sampler_idle_s:
                 log.info("stopping the sampler of %s: nobody wanted it", kept.base_model)
                 await self.forget(kept)
+        # Together: several that drop every packet must not keep those that serve from their next sign of life.
+        await asyncio.gather(*(self.await_admission(kept) for kept in waiting))
 
     async def places(self, base_model: str) -> list[Place]:
         """Where this model is served: every given URL, or every server of the engine this host can run."""
@@ -116,9 +119,15 @@ class Keeper(Daemon):
             assert self.engine is not None  # `places` chose it
             port = _free_port()
             launch = self.engine.launch(model, int(place.where), port)
-            child = await asyncio.to_thread(
-                spawn_on_leash, launch.command, log=log_file, environment=launch.environment
-            )
+            try:
+                child = await asyncio.to_thread(
+                    spawn_on_leash, launch.command, log=log_file, environment=launch.environment
+                )
+            except OSError as error:  # its log cannot be written, say: the samplers of other models go on
+                self.failures.add(place, f"it cannot be started: {error}")
+                log.error("the sampler of %s: %s", model.id, self.failures.of(model.id))
+                await self.note(model.id, self.failures.of(model.id))
+                return
             url, dtype = f"http://127.0.0.1:{port}", launch.dtype
             facts = {"max_lora_rank": launch.max_lora_rank, "seeds": launch.seeds}
             log.info("starting %s for %s on port %d (process group %d)", self.engine.name, model.id, port, child.pid)
@@ -139,7 +148,7 @@ class Keeper(Daemon):
                 task = admit(self.http, kept.url, kept.base_model, dtype=kept.dtype, context=kept.context)
                 kept.admission = asyncio.create_task(task)
             elif kept.child is None:
-                await self.failed(kept, f"{kept.url} does not answer /health")
+                await self.failed(kept, f"{kept.address} does not answer /health")
             elif time.monotonic() - kept.started > self.settings.sampler_start_s:
                 words = await asyncio.to_thread(last_words, kept.log, kept.log_from)
                 await self.failed(kept, f"not healthy after {self.settings.sampler_start_s:.0f} s: {words}")
@@ -178,7 +187,7 @@ class Keeper(Daemon):
         kept.row_id, kept.healthy = row_id, time.monotonic()
         self.failures.clear(kept.place)
         seconds, what = time.monotonic() - kept.started, (info["engine"], info.get("version"), info["dtype"])
-        log.info("sampler for %s at %s is ready after %.1f s: %s %s, %s", kept.base_model, kept.url, seconds, *what)
+        log.info("sampler for %s at %s is ready after %.1f s: %s %s, %s", kept.base_model, kept.address, seconds, *what)
 
     async def beat(self) -> None:
         """Refresh rows of samplers that answer; one that does not grows stale, then is replaced."""
@@ -199,11 +208,11 @@ class Keeper(Daemon):
 
     async def words(self, kept: Kept) -> str:
         """What its log says, or where it runs when the log is not ours."""
-        return kept.url if kept.child is None else await asyncio.to_thread(last_words, kept.log, kept.log_from)
+        return kept.address if kept.child is None else await asyncio.to_thread(last_words, kept.log, kept.log_from)
 
     async def failed(self, kept: Kept, reason: str) -> None:
         count = self.failures.add(kept.place, reason)
-        log.error("the sampler of %s at %s failed (%d): %s", kept.base_model, kept.url, count, reason)
+        log.error("the sampler of %s at %s failed (%d): %s", kept.base_model, kept.address, count, reason)
         await self.note(kept.base_model, self.failures.of(kept.base_model))
         await self.forget(kept)
 
@@ -226,11 +235,13 @@ class Keeper(Daemon):
             kept.admission.cancel()
             with contextlib.suppress(asyncio.CancelledError, NotAdmitted):
                 await kept.admission
-        if kept.row_id is not None:
-            async with self.database.begin() as session:
-                await repository.remove(session, sampler_id=kept.row_id)
-        if kept.child is not None:
-            await asyncio.to_thread(kept.child.stop, STOP_S)
+        try:
+            if kept.row_id is not None:
+                async with self.database.begin() as session:
+                    await repository.remove(session, sampler_id=kept.row_id)
+        finally:  # whatever the database says: nobody else knows of this process
+            if kept.child is not None:
+                await asyncio.to_thread(kept.child.stop, STOP_S)
 
     async def shut_down(self) -> None:
         await asyncio.gather(*(self.forget(kept) for kept in list(self.kept.values())))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from app.net.endpoint import show_url
 from workers.process import Child
 from workers.sampler.admission import Admitted
 
@@ -41,6 +42,11 @@ class Kept:
     admission: asyncio.Task[Admitted] | None = None  # since it is healthy
     row_id: str | None = None  # once it is admitted
     healthy: float = 0.0  # last time it answered /health
+
+    @property
+    def address(self) -> str:
+        """Its URL for people: without credentials."""
+        return show_url(self.url)
 
     @property
     def base_model(self) -> str:

@@ -85,7 +85,7 @@ class ServedPolicy:
         self._parting = Parting(samplers, database, base_model, holder)
         self._known: set[tuple[str, float, str]] = set()  # proved: sampler, its start, adapter name
         self._refused: dict[tuple[str, str], Unproved] = {}  # sampler, adapter name
-        self._published = False
+        self._published = -1  # the newest version that is in use
         self._locks: dict[str, asyncio.Lock] = {}
         self._passing = asyncio.Lock()
         self._passed_at = -1e9
@@ -107,7 +107,7 @@ class ServedPolicy:
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def keep(self) -> None:
-        """Renew the want and the pins, bring new samplers up to date, see retired versions off; until cancelled."""
+        """Renew want and pins, bring samplers up to date, see retired versions off; until cancelled, or `Unproved`."""
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), KEEP_S)
@@ -123,6 +123,7 @@ class ServedPolicy:
             await self._parting.see_off(self._asking)
             if self._adapters:
                 await self._catch_up(time.monotonic() + CATCH_UP_S)
+                self._require_provable()
 
     async def publish(self, version: int, adapter: Adapter) -> None:
         """Load a version into every live sampler and have it proved there; without a sampler, wait for one.
@@ -135,20 +136,17 @@ class ServedPolicy:
         await self._pass()
         while True:
             refused = self.refusals(version)
-            if refused and (not self._published or not self._serving(version)):
+            if refused and (self._published < 0 or not self._serving(version)):
                 raise next(iter(refused.values()))
             if self._serving(version):
                 break
             if time.monotonic() >= deadline:
                 raise await self._nobody()
             await self._catch_up(deadline)
-        self._published = True
+        self._published = version
 
     async def retire(self, version: int) -> None:
-        """Unload a version that no request names any more, and delete its directory once nobody pins it.
-
-        With turns on it still in flight it goes later, from `keep`.
-        """
+        """Unload a version and delete its directory once nobody pins it; `keep` does, if turns on it are in flight."""
         adapter = self._adapters.pop(version, None)
         if adapter is None:
             return
@@ -173,7 +171,8 @@ class ServedPolicy:
             client = self._samplers.client(sampler)
             for served in await client.models():
                 if served.id.startswith(f"{job_id}-a"):
-                    await client.unload_adapter(served.id)
+                    with suppress(ModelNotServed):  # the attempt before is just giving back what it holds
+                        await client.unload_adapter(served.id)
                     async with self._database.begin() as session:
                         await repository.drop_adapter(session, sampler.id, served.id)
         await asyncio.to_thread(shutil.rmtree, directory, True)
@@ -215,7 +214,7 @@ class ServedPolicy:
             try:
                 return parse_load(await station.client.metrics())
             except (SamplerError, LoadUnreadable) as error:
-                log.info("no load of %s: %s", station.sampler.url, error)
+                log.info("no load: %s", error)
                 return None
 
         found = await asyncio.gather(*(one(station) for station in list(self._stations.values())))
@@ -348,10 +347,13 @@ class ServedPolicy:
                 try:
                     await self._load_and_prove(station, version, adapter)
                 except Unproved as error:
-                    log.error("%s is not proved on %s: %s", adapter.name, sampler.url, error)
+                    log.error("%s is not proved: %s", adapter.name, error)
                     self._refused[key] = error
+                except (AdapterNotVisible, AdapterRefused) as error:
+                    log.warning("%s, proved before, is not loaded yet: %s", adapter.name, error)
+                    self._last_error = error
                 except SamplerError as error:
-                    log.warning("bringing %s up to date: %s", sampler.url, error)
+                    log.warning("bringing a sampler up to date: %s", error)
                     self._last_error = error
                     if not isinstance(error, NoRoom):
                         self._lose(station)  # it may have lost the older versions too
@@ -364,12 +366,21 @@ class ServedPolicy:
         try:
             fresh = await self._load(sampler, adapter)
         except (AdapterNotVisible, AdapterRefused) as error:
+            if version <= self._published:
+                raise  # its files are right: a sampler that was just restarted may lack memory or a mount for a moment
             raise Unproved(str(error), sampler=sampler.url) from error
         if fresh or proof not in self._known:
             await self.prover(station, version, adapter)
         if self._adapters.get(version) == adapter:  # else it was retired meanwhile
             self._known.add(proof)
             station.proved.add(version)
+
+    def _require_provable(self) -> None:
+        """Raises `Unproved` when turns wait for a version that each sampler in use failed to prove again."""
+        for version in self._asking:
+            refused = self.refusals(version)
+            if self._stations and not self._serving(version) and self._stations.keys() <= refused.keys():
+                raise next(iter(refused.values()))
 
     async def _load(self, sampler: LiveSampler, adapter: Adapter) -> bool:
         try:

@@ -18,7 +18,7 @@ from app.core.settings import Settings
 from tests.tiny import make_weightless_llama
 
 VLLM = {
-    "engine": "vllm", "why": "2 GPUs and /v/python", "slow": None, "servers": 1, "gpus": ["0: a", "1: b"],
+    "engine": "vllm", "why": "2 GPUs and /v/python", "slow": None, "servers": 1, "jobs": 1, "gpus": ["0: a", "1: b"],
     "dtype": "bfloat16", "tensor_parallel": 1, "max_loras": 8, "max_lora_rank": 64,
     "shares": {"samplers": [[0]], "trainer": [1], "sampler_memory": 0.9, "trainer_memory": 0.9, "shared": False},
     "commands": [["/v/python", "-m", "vllm", "--max-loras", "8", "--api-key", "abc"]],
@@ -59,6 +59,8 @@ def test_shares_of_the_gpus_are_told(settings: Settings, monkeypatch: pytest.Mon
     monkeypatch.setattr(doctor_sampler, "describe", lambda _: VLLM)
     found = shown(settings)
     assert found["gpu share"] == "disjoint: sampler GPU 0 at 90% of its memory, trainer GPU 1 at 90%"
+    monkeypatch.setattr(doctor_sampler, "describe", lambda _: {**VLLM, "jobs": 2})
+    assert shown(settings)["gpu share"].endswith("trainer GPU 1 at 90% divided by 2 jobs")
     assert "--api-key ***" in found["command"]
 
 

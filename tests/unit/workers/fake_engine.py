@@ -12,7 +12,7 @@ from app.core.settings import Settings
 from app.db.engine import Database, now
 from app.db.tables import DEFAULT_PROJECT, Sampler
 from app.samplers.client import Completion, CompletionRequest, ServedModel
-from app.samplers.errors import ModelNotServed, SamplerRejected, SamplerUnavailable
+from app.samplers.errors import AdapterRefused, ModelNotServed, SamplerRejected, SamplerUnavailable
 from app.samplers.service import LiveSampler, Samplers
 
 
@@ -29,6 +29,7 @@ class FakeEngine:
         self.before: Callable[[CompletionRequest], Awaitable[Completion | None]] | None = None
         self.scores: Callable[[str, Sequence[int]], Awaitable[Sequence[float]]] | None = None
         self.hidden: set[str] = set()  # paths that this host does not have
+        self.refuses = 0  # loads to come that a healthy engine refuses
         self.others = 0  # requests of somebody else in flight
         self.generated = 0  # tokens, as its counter has them
 
@@ -50,6 +51,9 @@ class FakeEngine:
             raise SamplerRejected(f"{name} is loaded", url=self.url, param="lora_name")
         if len(self.adapters) >= self.slots:
             raise SamplerRejected("no free slot", url=self.url, param=None)
+        if self.refuses:
+            self.refuses -= 1
+            raise AdapterRefused("not enough memory", url=self.url, status=500)
         if path in self.hidden:
             raise ModelNotServed("no adapter found", url=self.url)
         self.adapters[name] = path

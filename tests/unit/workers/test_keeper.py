@@ -9,9 +9,11 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
 
 from app.core.settings import Settings
 from app.db.engine import Database
@@ -252,6 +254,39 @@ async def test_one_that_nobody_wants_any_more_is_stopped(database: Database, kee
     await keeper.tick()
     assert await rows(database) == []
     assert child.poll() is not None
+
+
+async def test_a_sampler_that_is_let_go_ends_though_the_database_refuses(
+    database: Database, keepers: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keepers()
+    await want(database)
+    await until(keeper, lambda: rows(database))
+    child, kept = child_of(keeper), only(keeper)
+
+    async def refuses(*_: Any, **__: Any) -> None:
+        raise OperationalError("", {}, Exception("database is locked"))
+
+    monkeypatch.setattr("workers.sampler.keeper.repository.remove", refuses)
+    with pytest.raises(OperationalError):
+        await keeper.forget(kept)
+    assert child.poll() is not None
+    monkeypatch.undo()
+
+
+async def test_a_server_that_cannot_be_started_is_told_and_tried_again_later(
+    database: Database, keepers: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "sampler-tiny.log")
+
+    monkeypatch.setattr("workers.sampler.keeper.spawn_on_leash", refuses)
+    keeper = keepers()
+    await want(database)
+    await keeper.tick()
+    async with database.read() as session:
+        assert "sampler-tiny.log" in (await session.scalar(select(SamplerWant.error)) or "")
+    assert keeper.kept == {}
 
 
 async def running(database: Database, keepers: Make, serves: str = "tiny", servers: int = 1) -> SmallKeeper:

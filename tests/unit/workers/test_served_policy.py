@@ -188,6 +188,45 @@ async def test_a_sampler_replaced_while_nothing_was_sampled_costs_nothing(
         assert await policy.score(f"{HOLDER}-v1", [[1, 2]]) == [[-1.0]]
 
 
+@pytest.mark.parametrize("trouble", ["memory", "mount"])
+async def test_a_restarted_sampler_that_cannot_load_a_proved_version_yet_is_asked_again(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path, trouble: str
+) -> None:
+    old = await samplers.add("old")
+    adapter = version(0, tmp_path)
+    await policy.publish(0, adapter)
+    new = await replace_sampler(database, samplers, old, "new")
+    if trouble == "memory":
+        new.refuses = 2
+    else:
+        new.hidden = {adapter.path}
+    turn = asyncio.create_task(policy.turn(asks()))
+    async with asyncio.timeout(20):
+        while len(new.calls) < 3:
+            await asyncio.sleep(0.01)
+        new.hidden = set()
+        assert (await turn).sampler == "sampler-new"
+    assert policy.refusals(0) == {}
+
+
+async def test_turns_that_wait_for_a_version_that_no_sampler_proves_any_more_end_the_keeping(
+    database: Database, samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_module, "KEEP_S", 0.01)
+    old = await samplers.add("old")
+    await policy.publish(0, version(0, tmp_path))
+
+    async def never(station: Station, number: int, adapter: Adapter) -> None:
+        raise Unproved("k3 of 0.9", sampler=station.sampler.url, figures={"k3": 0.9})
+
+    policy.prover = never
+    await replace_sampler(database, samplers, old, "new")
+    turn = asyncio.create_task(policy.turn(asks()))
+    with pytest.raises(Unproved, match=r"k3 of 0\.9"):
+        await asyncio.wait_for(policy.keep(), 20)
+    turn.cancel()
+
+
 async def test_publishing_waits_for_a_sampler_that_is_being_restarted(
     samplers: FakeSamplers, policy: ServedPolicy, tmp_path: Path
 ) -> None:

@@ -143,6 +143,8 @@ def test_a_vllm_that_is_asked_for_and_not_there_is_an_error(settings: Settings) 
     [
         ({"vllm_python": PYTHON}, 1, (0,), 0.45),
         ({"vllm_python": PYTHON}, 3, (1, 2), 0.9),
+        ({"vllm_python": PYTHON, "runner_slots": 2}, 1, (0,), 0.23),
+        ({"sampler_engine": "builtin", "runner_slots": 3}, 1, (0,), 0.3),
         ({"sampler_engine": "builtin"}, 2, (0, 1), 0.9),
         ({"sampler_urls": "http://elsewhere:8000", "vllm_python": PYTHON}, 1, (0,), 0.9),
     ],

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from app.net.endpoint import show_url
+
 
 class Unproved(Exception):
     """A version that a sampler could not prove; `figures` are those of the gates, JSON without NaN."""
 
     def __init__(self, message: str, *, sampler: str, figures: Mapping[str, Any] | None = None) -> None:
-        super().__init__(f"{message} ({sampler})")
+        self.sampler = show_url(sampler)  # without the credentials that it may hold
+        super().__init__(f"{message} ({self.sampler})")
         self.reason = message
-        self.sampler = sampler
         self.figures = dict(figures or {})
