@@ -49,6 +49,15 @@ async def has_room(database: Database, settings: Settings, job_id: str) -> bool:
     return short is None
 
 
+async def not_started(database: Database, settings: Settings, job_id: str, starts: Starts, error: OSError) -> None:
+    """The system gave no process: the job waits and says so."""
+    count, wait = starts.failed(job_id)
+    log.error("no supervisor of %s can be started: %s; the next try is in %.0f s", job_id, error, wait)
+    reason = f"no worker process can be started on {settings.hostname}: {error}; see `hone doctor` there"
+    async with database.begin() as session:
+        await leases.note_failed_start(session, job_id, reason=reason, first=count == 1)
+
+
 async def bury(database: Database, settings: Settings, job_id: str, child: Child, starts: Starts) -> None:
     """After its end: its group goes, too, and nobody waits for a lease that it may have left."""
     code = child.poll()
@@ -60,7 +69,8 @@ async def bury(database: Database, settings: Settings, job_id: str, child: Child
         count, wait = starts.failed(job_id)
         log.error("the supervisor of %s ended with code %d; the next start is in %.0f s", job_id, code, wait)
     async with database.begin() as session:
-        await leases.expire(session, job_id, leases.owner_name(settings.hostname, child.pid))
+        if code not in (0, PUT_BACK):  # then it holds no lease; another host's worker of this number and name may
+            await leases.expire(session, job_id, leases.owner_name(settings.hostname, child.pid))
         if count:
             reason = (
                 f"its worker process on {settings.hostname} ended with code {code} before it took the job, "

@@ -45,23 +45,42 @@ class Heartbeat:
         self._beside = beside
         self._stop = threading.Event()
         self._progress = time.monotonic()
-        inherited = contextvars.copy_context()  # its lines name the job, too
-        self._thread = threading.Thread(target=inherited.run, args=(self._run,), name="heartbeat", daemon=True)
+        self._renewed = self._progress
+        self._told = threading.Lock()  # taken by whoever tells first, and never given back
+        self._threads = [
+            # Their lines name the job, too.
+            threading.Thread(target=contextvars.copy_context().run, args=(duty,), name=name, daemon=True)
+            for duty, name in ((self._run, "heartbeat"), (self._watch, "heartbeat-watch"))
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        self._renewed = time.monotonic()
+        for thread in self._threads:
+            thread.start()
 
     def moved(self) -> None:
         self._progress = time.monotonic()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(timeout=5)
+
+    def _lose(self, reason: str) -> None:
+        self._stop.set()
+        if self._told.acquire(blocking=False):
+            self._on_lost(reason)
+
+    def _watch(self) -> None:
+        """Beside the renewals, one of which may hang in the database for longer than the lease."""
+        while not self._stop.wait(self._lease_s / 8):
+            if time.monotonic() - self._renewed > self._lease_s * 0.75:
+                self._lose("the lease could not be renewed in time")
+                return
 
     def _run(self) -> None:
         engine = create_sync(self._url)
-        renewed = time.monotonic()
         try:
             while not self._stop.wait(self._lease_s / 4):
                 stuck = time.monotonic() - self._progress
@@ -70,14 +89,11 @@ class Heartbeat:
                 else:
                     try:
                         if not leases.renew(engine, self._fence, self._lease_s):
-                            self._on_lost("the lease is lost: cancelled, or taken by another worker")
+                            self._lose("the lease is lost: cancelled, or taken by another worker")
                             return
-                        renewed = time.monotonic()
+                        self._renewed = time.monotonic()
                         self._beside(engine)
                     except SQLAlchemyError as error:
                         log.warning("heartbeat failed: %s", error)
-                if time.monotonic() - renewed > self._lease_s * 0.75:
-                    self._on_lost("the lease could not be renewed in time")
-                    return
         finally:
             engine.dispose()

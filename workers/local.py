@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from app.core.settings import Settings
 from app.jobs import leases
 from workers.daemon import main
-from workers.doors import GRACE_S, bury, has_room, start_supervisor
+from workers.doors import GRACE_S, bury, has_room, not_started, start_supervisor
 from workers.janitor import Housekeeping
 from workers.process import Child
 from workers.starts import Starts
@@ -41,7 +41,10 @@ class Runner(Housekeeping):
             if job.id in self.children or job.model in full or not self.starts.may_start(job.id):
                 continue
             if await has_room(self.database, self.settings, job.id):
-                self.children[job.id] = self.start(job.id)
+                try:
+                    self.children[job.id] = self.start(job.id)
+                except OSError as error:  # its log cannot be written, say: jobs that run go on
+                    await not_started(self.database, self.settings, job.id, self.starts, error)
             else:
                 full.add(job.model)
 

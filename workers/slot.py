@@ -24,7 +24,7 @@ from app.jobs.doorbell import queue_of
 from app.jobs.validation_service import validate_job
 from app.models.catalogue import Catalogue
 from workers.daemon import Daemon
-from workers.doors import GRACE_S, SUPERVISOR, bury, has_room, start_supervisor
+from workers.doors import GRACE_S, SUPERVISOR, bury, has_room, not_started, start_supervisor
 from workers.leftovers import end_leftovers
 from workers.presence import Presence
 from workers.starts import Starts
@@ -112,7 +112,11 @@ class Slot(Daemon):
 
     async def supervise(self, job_id: str) -> None:
         """From start to end; the end that we ask for when we stop puts the job back."""
-        child = start_supervisor(self.settings, job_id, environment=self.environment, command=self.command)
+        try:
+            child = start_supervisor(self.settings, job_id, environment=self.environment, command=self.command)
+        except OSError as error:
+            await not_started(self.database, self.settings, job_id, self.starts, error)
+            return
         try:
             while child.poll() is None and not self.stopping.is_set():
                 with contextlib.suppress(TimeoutError):

@@ -84,8 +84,9 @@ def revoke(
     sys.stderr.write(f"{key_id} is revoked.\n")
 
 
-@commands.command("rotate-secret")
-def rotate_secret(data: Data = None) -> None:
+@commands.command("rotate-secret", hidden=True)  # its earlier name
+@commands.command("rotate")
+def rotate(data: Data = None) -> None:
     """Encrypt every stored secret with a new key, and drop the old one. Safe to stop, and to run again.
 
     Nothing has to be restarted. With HONE_SECRET_KEY, first set it to NEW,OLD for every process and restart them.

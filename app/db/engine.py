@@ -134,7 +134,7 @@ def _prepare_sqlite(engine: Engine) -> None:
         connection.isolation_level = None  # we emit BEGIN ourselves
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA synchronous=FULL")  # an acknowledged commit outlives a power cut, as files do
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
         cursor.close()

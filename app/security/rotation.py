@@ -24,7 +24,7 @@ from app.security.key_file import add_key, drop_old_keys, only_rotation
 from app.security.vault import KEY_FILE, Vault, VaultError, load_vault
 
 BATCH = 50  # rows a transaction: a writer on SQLite waits for no more than these
-SETTLE_S = 20.0  # above the 10 s that a request may wait for the database between sealing a value and writing it
+SETTLE_S = 50.0  # above what lies between sealing a value and writing it: 30 s for a connection, 10 for the lock
 
 
 class _Resealer:

@@ -14,7 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from app.core.errors import InvalidRequest, RateLimited, ServiceError, Unavailable
@@ -120,9 +121,16 @@ def install(app: FastAPI) -> None:
         return made
 
     @app.exception_handler(OperationalError)
-    async def _database(request: Request, error: OperationalError) -> JSONResponse:
-        log.error("the database did not answer: %s", error.orig)
+    @app.exception_handler(PoolTimeout)
+    async def _database(request: Request, error: OperationalError | PoolTimeout) -> JSONResponse:
+        log.error("the database did not answer: %s", getattr(error, "orig", None) or error)
         return response(Unavailable("The database did not answer in time; try again.", retry_after_s=2))
+
+    @app.exception_handler(DataError)
+    async def _data(request: Request, error: DataError) -> JSONResponse:
+        """PostgreSQL, for which a text cannot hold U+0000; no such name or id exists."""
+        log.info("the database cannot hold a value: %s", error.orig)
+        return response(InvalidRequest("A value of the request holds U+0000, which no stored text can hold."))
 
     @app.exception_handler(StorageUnavailable)
     async def _storage(request: Request, error: StorageUnavailable) -> JSONResponse:

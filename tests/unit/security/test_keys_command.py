@@ -40,9 +40,9 @@ def test_a_role_that_does_not_exist_is_wrong_usage(tmp_path: Path) -> None:
 
 
 def test_a_rotation_of_the_key_file_is_whole(tmp_path: Path) -> None:
-    first = keys(tmp_path, "rotate-secret")
+    first = keys(tmp_path, "rotate")
     before = (tmp_path / "secret.key").read_text()
-    second = keys(tmp_path, "rotate-secret")
+    second = keys(tmp_path, "rotate")
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert "0 rows were encrypted again." in second.stderr
     assert (tmp_path / "secret.key").read_text() != before
@@ -52,7 +52,7 @@ def test_a_rotation_of_the_key_file_is_whole(tmp_path: Path) -> None:
 def test_with_a_setting_the_operator_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HONE_SECRET_KEY", OLD)
     assert keys(tmp_path, "create", "a").exit_code == 0
-    refused = keys(tmp_path, "rotate-secret").exception
+    refused = keys(tmp_path, "rotate").exception
     assert isinstance(refused, CommandFailed)
     assert "HONE_SECRET_KEY=NEW,OLD" in str(refused.fix)
     monkeypatch.setenv("HONE_SECRET_KEY", f"{NEW},{OLD}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -93,6 +94,22 @@ async def test_a_loop_that_hangs_loses_its_job(
     monkeypatch.setattr(beating, "LOOP_SILENCE_S", 0.0)
     beat.start()
     assert await lost.wait()
+    assert lost.reasons == ["the lease could not be renewed in time"]
+
+
+async def test_a_renewal_that_hangs_fences_us_before_the_lease_is_over(
+    beat: Heartbeat, lost: Lost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(beating.leases, "renew", lambda *_: released.wait(60))
+    began = time.monotonic()
+    beat.start()
+    try:
+        assert await lost.wait()
+        assert time.monotonic() - began < 30
+    finally:
+        released.set()
+    await asyncio.to_thread(beat.stop)
     assert lost.reasons == ["the lease could not be renewed in time"]
 
 

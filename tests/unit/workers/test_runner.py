@@ -45,6 +45,26 @@ async def test_a_queued_job_gets_one_supervisor(runner: Counting, seed: Seed) ->
     assert runner.started == [job_id]
 
 
+async def test_a_process_that_cannot_be_had_costs_no_running_job_and_is_told(
+    runner: Counting, seed: Seed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.settings = settings.model_copy(update={"runner_slots": 2})
+    running, waits = await seed.job(status="queued", created_at=1.0), await seed.job(status="queued", created_at=2.0)
+    begin = runner.start
+
+    def start(job_id: str) -> Child:
+        if job_id == waits:
+            raise PermissionError(13, "Permission denied", "x.log")
+        return begin(job_id)
+
+    monkeypatch.setattr(runner, "start", start)
+    await runner.tick()
+    assert runner.children[running].poll() is None
+    async with runner.database.read() as session:
+        assert "no worker process can be started" in (await session.get_one(Job, waits)).queue_reason
+    assert not runner.starts.may_start(waits)
+
+
 async def test_no_more_supervisors_than_slots_and_the_oldest_job_first(runner: Counting, seed: Seed) -> None:
     young, old = await seed.job(status="queued", created_at=2.0), await seed.job(status="queued", created_at=1.0)
     await runner.tick()
