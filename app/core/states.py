@@ -12,7 +12,7 @@ class JobStatus(StrEnum):
     VALIDATING = "validating_files"  # the files are being read; nothing has been spent
     QUEUED = "queued"  # waits for a worker; the doorbell may be rung again at any time
     RUNNING = "running"  # one worker holds the lease
-    PAUSED = "paused"  # a snapshot is registered and the hardware is free
+    PAUSED = "paused"  # off its worker; goes on from its last finished step
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
