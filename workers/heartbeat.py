@@ -73,11 +73,17 @@ class Heartbeat:
             self._on_lost(reason)
 
     def _watch(self) -> None:
-        """Beside the renewals, one of which may hang in the database for longer than the lease."""
-        while not self._stop.wait(self._lease_s / 8):
-            if time.monotonic() - self._renewed > self._lease_s * 0.75:
+        """Beside the renewals, one of which may hang in the database for longer than the lease.
+
+        It looks twice: after the whole process stood still the renewal comes first, and decides.
+        """
+        overdue = False
+        while not self._stop.wait(self._lease_s / 16):
+            late = time.monotonic() - self._renewed > self._lease_s * 0.75
+            if late and overdue:
                 self._lose("the lease could not be renewed in time")
                 return
+            overdue = late
 
     def _run(self) -> None:
         engine = create_sync(self._url)

@@ -60,7 +60,7 @@ async def test_versions_do_not_share_cached_text(
     for name, expected in (("base", reference), ("salt-v1", model), ("base", reference), ("salt-v1", model)):
         done = await client.complete(CompletionRequest(name, IDS, 8, timeout_s=30))
         assert done.log_probs == pytest.approx(
-            teacher_forced(expected, [*IDS, *done.token_ids])[len(IDS) - 1 :], abs=1e-4
+            teacher_forced(expected, [*IDS, *done.token_ids])[len(IDS) - 1 :], abs=5e-4
         )
 
 
@@ -199,7 +199,7 @@ async def test_a_request_in_flight_finishes_on_the_weights_of_its_unloaded_adapt
     choice = (await flight).json()["choices"][0]
     expected = teacher_forced(merged(reference, path, target.model_dir), [*IDS, *choice["token_ids"]])[len(IDS) - 1 :]
     assert len(choice["token_ids"]) == 440
-    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=2e-4)
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-3)
 
 
 async def test_more_versions_than_the_limit_are_refused(
@@ -226,7 +226,7 @@ async def test_requests_for_more_versions_than_slots_wait_and_all_complete(
     for path, completion in zip(paths.values(), done, strict=True):
         model = merged(reference, path, target.model_dir)
         expected = teacher_forced(model, [*IDS, *completion.token_ids])[len(IDS) - 1 :]
-        assert completion.log_probs == pytest.approx(expected, abs=2e-4)
+        assert completion.log_probs == pytest.approx(expected, abs=1e-3)
 
 
 async def test_a_version_is_scored_while_others_are_sampled(

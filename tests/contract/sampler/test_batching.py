@@ -89,7 +89,7 @@ async def test_many_that_share_a_prefix_each_get_their_own_log_probs(client: Sam
     )
     for prompt, d in zip(prompts, done, strict=True):
         expected = teacher_forced(reference, [*prompt, *d.token_ids])[len(prompt) - 1 :]
-        assert d.log_probs == pytest.approx(expected, abs=1e-4)
+        assert d.log_probs == pytest.approx(expected, abs=5e-4)
 
 
 async def test_the_next_turn_of_an_episode_computes_only_what_is_new(
@@ -102,7 +102,7 @@ async def test_the_next_turn_of_an_episode_computes_only_what_is_new(
     two = await client.complete(CompletionRequest("base", second, 10, timeout_s=30))
     await counted(http, target, "prefix_cache_hits_total", before + len(second) - 3 - 1 - target.block)
     expected = teacher_forced(reference, [*second, *two.token_ids])[len(second) - 1 :]
-    assert two.log_probs == pytest.approx(expected, abs=1e-4)
+    assert two.log_probs == pytest.approx(expected, abs=5e-4)
 
 
 async def test_episodes_of_several_turns_at_once_stay_exact(client: SamplerClient, reference: Any) -> None:
@@ -118,7 +118,7 @@ async def test_episodes_of_several_turns_at_once_stay_exact(client: SamplerClien
     for turns in await asyncio.gather(*(episode(i) for i in range(16))):
         for ids, done in turns:
             expected = teacher_forced(reference, [*ids, *done.token_ids])[len(ids) - 1 :]
-            assert done.log_probs == pytest.approx(expected, abs=1e-4)
+            assert done.log_probs == pytest.approx(expected, abs=5e-4)
 
 
 async def test_counters_of_the_engine_are_readable(http: HttpClient, client: SamplerClient, target: Target) -> None:

@@ -66,7 +66,7 @@ async def test_log_probs_are_raw_whatever_the_sampling(
 ) -> None:
     done = await client.complete(ask(**fields))
     expected = teacher_forced(reference, [*PROMPT, *done.token_ids])[len(PROMPT) - 1 :]
-    assert done.log_probs == pytest.approx(expected, abs=1e-4)
+    assert done.log_probs == pytest.approx(expected, abs=5e-4)
 
 
 async def test_temperature_zero_takes_the_most_likely_token(client: SamplerClient, reference: Any) -> None:
