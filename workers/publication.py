@@ -26,7 +26,7 @@ from workers.sampler.proof import Unproved
 from workers.sampler.proof.canary import Canary
 from workers.sampler.proof.evidence import Proof, Seen, Trained, look
 from workers.sampler.proof.files import AdapterFiles, BrokenAdapter
-from workers.sampler.proof.gates import Scores
+from workers.sampler.proof.gates import Scores, Taken
 from workers.sampler.station import Station
 from workers.setup import JobFailure
 
@@ -147,12 +147,16 @@ class Publisher:
         self._trained.names[version] = adapter.name
         seen = self._seen.setdefault(_life(station), Seen())
         dtypes = (str(station.sampler.info.get("dtype", self._dtypes[0])), self._dtypes[1])
+        before: Taken | None = None
         for _ in range(LOOKS):
             proof = await look(station, version, self._canary, self._trained, seen, dtypes, self._policy.base_model)
+            taken = seen.prints.get(adapter.name)
+            if before is not None and before == taken:
+                proof = proof.steady()
             if not proof.failures:
                 break
             log.warning("%s at %s: %s", adapter.name, show_url(station.sampler.url), "; ".join(proof.failures))
-            seen.prints.pop(adapter.name, None)
+            before = seen.prints.pop(adapter.name, None)
         else:
             raise Unproved("; ".join(proof.failures), sampler=station.sampler.url, figures={"gates": proof.as_dict()})
         self._proofs[(station.sampler.id, adapter.name)] = proof

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.samplers.errors import SamplerMisbehaved, SamplerRejected
@@ -43,6 +43,19 @@ class Proof:
     older: Projection | None  # against a version farther away, where the step itself cannot be resolved
     gate_c: Fingerprint
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def steady(self) -> Proof:
+        """When the engine gave these very scores twice: where gate C holds, it does not serve the older version.
+
+        Then gate B's word that it does is noise, as half precision makes it: what bf16 rounds away is the same in every
+        look, and may lie along the step. Taken back only where the served weights also lie on the right side of a
+        larger step, from a version farther away (docs/decisions/008).
+        """
+        step, older = self.gate_b, self.older
+        told = self.gate_c.verdict is Verdict.HOLDS and older is not None and older.verdict is Verdict.HOLDS
+        if step is None or not step.behind or not told or self.gate_a.bands is EXACT:
+            return self
+        return replace(self, gate_b=replace(step, refuted=True))
 
     @property
     def failures(self) -> list[str]:
@@ -162,7 +175,7 @@ async def look(
         gate_a=compare(served, mine, bands),
         base=against_base,
         gate_b=step,
-        older=_older(version, trained, against) if step and step.verdict is Verdict.NOT_RESOLVABLE else None,
+        older=_older(version, trained, against) if step and step.verdict is not Verdict.HOLDS else None,
         gate_c=_print(seen, Taken(served, mine), trained, version, base, quiet.why_not),
         seconds={"quiet": waited, "canary": time.monotonic() - began - waited},
     )

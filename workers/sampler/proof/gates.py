@@ -113,6 +113,7 @@ class Projection:
     noise_sd: float | None
     step_mean_abs: float
     step_max_abs: float
+    refuted: bool = False  # by gate C: whatever is served, it is not the older version
 
     @property
     def verdict(self) -> Verdict:
@@ -124,9 +125,15 @@ class Projection:
         p, sd = self.projection, self.noise_sd
         if p is None or sd is None or sd > RESOLVABLE_SD:
             return Verdict.NOT_RESOLVABLE
-        if p > max(1.0, 0.5 + BEYOND * sd) or (p <= BEHIND and p + SURE * sd < 0):
+        if p > max(1.0, 0.5 + BEYOND * sd) or (self.behind and not self.refuted):
             return Verdict.FAILS
         return Verdict.HOLDS if p > 0 else Verdict.NOT_RESOLVABLE
+
+    @property
+    def behind(self) -> bool:
+        """Surely nearer to the older version."""
+        p, sd = self.projection, self.noise_sd
+        return p is not None and sd is not None and p <= BEHIND and p + SURE * sd < 0
 
     @property
     def sentence(self) -> str:
